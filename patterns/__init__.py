@@ -1,0 +1,31 @@
+"""The catalogue, installed as `qpass.patterns`: one file an idea.
+
+Each says which float pattern is meant, which of its edges may be quantized, and which kernel each target runs it on.
+"""
+
+from __future__ import annotations
+
+if __name__ != "qpass.patterns":  # found as a top-level folder: every rule would exist twice, under two names
+    raise ImportError(
+        f"the pattern catalogue is the package 'qpass.patterns', but it was imported as {__name__!r}\n"
+        "  to do: write 'import qpass.patterns'; if that fails, install qpass (pip install -e .)"
+    )
+
+from qpass.patterns.attention import KEPT as _ATTENTION
+from qpass.patterns.conv import Conv
+from qpass.patterns.elementwise import KEPT as _ELEMENTWISE
+from qpass.patterns.elementwise import Add, Mul
+from qpass.patterns.embedding import Embedding
+from qpass.patterns.linear import Linear
+from qpass.patterns.matmul import Matmul
+from qpass.patterns.normalization import KEPT as _NORMALIZATION
+from qpass.patterns.pooling import AvgPool
+from qpass.rewrite.island import Island
+
+CATALOGUE: tuple[Island, ...] = (Linear(), Matmul(), Conv(), Embedding(), Add(), Mul(), AvgPool())
+"""Every island; the order matters only where two are rooted at the same operator."""
+
+KEPT_IN_FLOAT: dict[object, str] = {**_ATTENTION, **_ELEMENTWISE, **_NORMALIZATION}
+"""Operators that are left in floating point on purpose, each with its reason."""
+
+__all__ = ["CATALOGUE", "KEPT_IN_FLOAT", "Add", "AvgPool", "Conv", "Embedding", "Linear", "Matmul", "Mul"]

@@ -1,0 +1,29 @@
+"""Embedding tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qpass.graph.constants import Constants
+from qpass.rewrite.expression import Expr, aten
+from qpass.rewrite.island import WEIGHT, Island, IslandMatch
+from qpass.rewrite.rule import require
+from qpass.targets import fused
+
+
+class Embedding(Island):
+    """embedding(dq(w), indices)  ->  dq(embedding(w, indices)) with the scales of the rows that were looked up
+
+    ``w`` is ``[V, D]`` with one scale per row; the table is read as int8 and only the rows in use are dequantized.
+    """
+
+    name = "embedding"
+    operands = {"w": WEIGHT(axis=0)}
+    kernels = {"x86": (fused.GatherRows(),)}
+
+    def pattern(self, w: Any, indices: Any) -> Expr:
+        return aten.embedding(w, indices)
+
+    def check(self, m: IslandMatch, constants: Constants) -> None:
+        require(m.w in constants, "the table is computed, not stored")
+        require(m.indices not in constants, "the indices are constant, so the looked-up rows are a constant themselves")

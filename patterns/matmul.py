@@ -1,0 +1,37 @@
+"""Matrix products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qpass.graph.constants import Constants
+from qpass.patterns.epilogues import add, gelu, hardswish, relu, relu6, silu
+from qpass.rewrite.expression import Expr, aten
+from qpass.rewrite.island import ACTIVATION, FLOAT, WEIGHT, Island, IslandMatch
+from qpass.rewrite.rule import require
+from qpass.targets import x86
+
+
+class Matmul(Island):
+    """act(matmul(dq(x), dq(w)) + b)  ->  qlinear(x, pack(w^T), b, act)
+
+    ``w`` is a stored ``[K, N]`` matrix, as in GPT-2's projections. A product of two activations (attention scores)
+    is declined: the x86 kernel wants one operand packed beforehand, and bfloat16 is faster than packing at run time.
+    """
+
+    name = "matmul"
+    operands = {"x": ACTIVATION, "w": WEIGHT(axis=1), "b": FLOAT}
+    epilogues = (relu, gelu, silu, hardswish, relu6, add)
+    kernels = {"x86": (x86.Qlinear(), x86.QlinearPerToken(), x86.Int8WeightOnly())}
+
+    def pattern(self, x: Any, w: Any, b: Any) -> list[Expr]:
+        return [aten.addmm(b, x, w, beta=1, alpha=1), aten.mm(x, w), aten.matmul(x, w)]
+
+    def check(self, m: IslandMatch, constants: Constants) -> None:
+        require(m.w in constants, "both operands are activations, and packing one at run time costs too much")
+        require(m.x not in constants, "the input is itself a constant")
+        require(m.w.meta["val"].dim() == 2, "the stored operand is not a matrix")
+        require(m.x.meta["val"].dim() >= 1, "the input has no rows")
+        b = m.captures.setdefault("b", None)
+        is_vector = b is None or (b in constants and tuple(b.meta["val"].shape) == (m.w.meta["val"].shape[1],))
+        require(is_vector, "the added term is no stored bias vector")

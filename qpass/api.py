@@ -1,0 +1,131 @@
+"""prepare, calibrate, convert, lower: the four calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from qpass import presets
+from qpass.capture import FirstBatch, capture
+from qpass.capture_errors import refuse_model
+from qpass.config import Config
+from qpass.errors import ConvertError, InputError
+from qpass.graph.verify import OBSERVER_PREFIX
+from qpass.lower import lower_graph
+from qpass.stages import convert_graph, prepare_graph
+
+
+def prepare(
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: tuple[Any, ...] | None = None,
+    *,
+    kwargs: dict[str, Any] | None = None,
+    config: Config | str | None = None,
+    dynamic_shapes: Any = None,
+    target: str = "x86",
+) -> fx.GraphModule | FirstBatch:
+    """Capture ``model`` and put observers where ``config`` and the catalogue say; nothing is rounded yet.
+
+    Args:
+        model: an ``nn.Module``, an ``ExportedProgram`` or a captured ``GraphModule``. It is not edited, and its weights
+            are shared, not copied.
+        example_inputs: positional example inputs; without them the model is captured at the first batch it sees.
+        kwargs: keyword example inputs.
+        config: a :class:`Config`, a preset's name, or None for ``int8_static``.
+        dynamic_shapes: as in ``torch.export.export``; by default dimension 0 of every tensor is dynamic where the
+            model allows it.
+        target: the target whose kernels decide what is worth quantizing.
+
+    Returns:
+        A module that computes what ``model`` computes, bit for bit, and observes ranges meanwhile.
+
+    Raises:
+        CaptureError, ConfigError, InputError
+    """
+    chosen = presets.get(presets.int8_static() if config is None else config)
+    if not isinstance(model, (torch.nn.Module, ExportedProgram)):
+        raise InputError(
+            f"prepare takes an nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}",
+            hint="pass the model itself",
+        )
+
+    def build(captured: fx.GraphModule) -> fx.GraphModule:
+        return prepare_graph(captured, chosen, target)
+
+    no_inputs = example_inputs is None and kwargs is None
+    if no_inputs and isinstance(model, torch.nn.Module) and not isinstance(model, fx.GraphModule):
+        refuse_model(model)
+        return FirstBatch(model, lambda m, a, k: build(capture(m, a, kwargs=k, dynamic_shapes=dynamic_shapes)))
+    return build(capture(model, example_inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes))
+
+
+def calibrate(prepared: torch.nn.Module, batches: Iterable[Any], *, progress: bool | None = None) -> torch.nn.Module:
+    """Run ``prepared`` on each batch without gradients: a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    ``progress`` None shows a bar on a terminal or in a notebook and is silent elsewhere. Returns ``prepared``.
+
+    Raises:
+        InputError: ``prepared`` observes nothing, or ``batches`` is one batch and not several.
+    """
+    from tqdm.auto import tqdm
+
+    if not any(_observes(name, module) for name, module in prepared.named_modules()):
+        raise InputError(
+            f"calibrate takes a prepared model, and this {type(prepared).__name__} observes nothing",
+            hint="call qpass.prepare on the model first",
+        )
+    if isinstance(batches, (torch.Tensor, dict)):
+        raise InputError(
+            f"calibrate takes an iterable of batches, and this is one {type(batches).__name__}",
+            hint="pass a list of batches: [batch]",
+        )
+    with torch.no_grad():
+        for batch in tqdm(batches, desc="calibrate", unit="batch", disable=None if progress is None else not progress):
+            if isinstance(batch, dict):
+                prepared(**batch)
+            elif isinstance(batch, (tuple, list)):
+                prepared(*batch)
+            else:
+                prepared(batch)
+    return prepared
+
+
+def convert(prepared: torch.nn.Module, *, strict: bool = False) -> fx.GraphModule:
+    """The quantized model: ``quantized_decomposed`` q/dq pairs, weights stored as integers; runs anywhere.
+
+    ``prepared`` stays as it is and can be calibrated further and converted again.
+
+    Raises:
+        ConvertError: ``prepared`` does not come from :func:`prepare`, or is converted already.
+        CalibrationError: an observer saw no data.
+        StrictError: ``strict`` and something that the configuration asked for is left in float.
+    """
+    graph = prepared.captured if isinstance(prepared, FirstBatch) else prepared
+    if not isinstance(graph, fx.GraphModule):
+        raise ConvertError(
+            f"convert takes a prepared model, and this is a float {type(graph).__name__}",
+            hint="call qpass.prepare on the model first, calibrate, then convert",
+        )
+    return convert_graph(graph, strict=strict)
+
+
+def lower(quantized: fx.GraphModule, *, target: str = "", strict: bool = False) -> fx.GraphModule:
+    """The lowered model: int8 kernels instead of q/dq islands; ``torch.compile(..., backend="qpass")`` does it too.
+
+    Raises:
+        LowerError: ``quantized`` does not come from :func:`convert`.
+        StrictError: ``strict`` and some quantized operation has no kernel.
+    """
+    if not isinstance(quantized, fx.GraphModule):
+        raise InputError(
+            f"lower takes the result of convert, not {type(quantized).__name__}", hint="call qpass.convert first"
+        )
+    return lower_graph(quantized, target, strict)
+
+
+def _observes(name: str, module: torch.nn.Module) -> bool:
+    return isinstance(module, FirstBatch) or name.rpartition(".")[2].startswith(OBSERVER_PREFIX)

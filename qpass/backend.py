@@ -1,0 +1,141 @@
+"""``torch.compile(model, backend="qpass")``: quantized islands become int8 kernels, Inductor compiles the rest."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpass import presets
+from qpass.capture_dynamo import from_dynamo
+from qpass.compiled import remember
+from qpass.config import Config
+from qpass.errors import ConfigError, QpassError, StrictError, near
+from qpass.graph.constants import Constants
+from qpass.graph.normalize import normalize
+from qpass.graph.record import graph_record, record_of, set_record
+from qpass.graph.regions import regions
+from qpass.inductor import compile_lowered
+from qpass.lower import lower_graph
+from qpass.ops.decompositions import table
+from qpass.passes.annotate import uncovered
+from qpass.rewrite.qdq import as_dequantize, as_quantize
+from qpass.spec import QuantizationSpec
+from qpass.stages import convert_graph, prepare_graph
+
+log = logging.getLogger(__name__)
+
+EXACT = {"emulate_precision_casts": True}
+"""Inductor rounds to bfloat16 where the graph says so, also between operations that it fuses into one loop."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend for ``torch.compile``; equal settings compare equal, so they do not recompile.
+
+    A converted model is lowered. A float model without gradients is quantized by ``config``, which must not need
+    calibration. A float model in training is compiled as it is. ``inductor`` are options for Inductor's own
+    configuration, applied to this compilation alone.
+    """
+
+    config: Config
+    target: str = "x86"
+    strict: bool = False
+    inductor: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if _is_training(example_inputs):
+            log.info("compiled for training: compute is left in floating point")
+            from torch._inductor.compile_fx import compile_fx
+
+            compiled: Any = compile_fx(gm, list(example_inputs), config_patches=dict(self.inductor))
+            return compiled
+        captured = from_dynamo(gm, example_inputs)
+        normalize(captured.graph_module)
+        lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
+        remember(lowered, (example_inputs[index] for index in captured.bindings.values()))
+        return compile_lowered(
+            lowered, example_inputs, capture=captured, decompositions=table(),
+            config_patches={**EXACT, **dict(self.inductor)},
+        )
+
+    def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
+        if _has_qdq(graph):
+            return accounted(graph, self.target)
+        if needs_calibration(self.config):
+            raise ConfigError(
+                "a static configuration needs calibration, and a float model was given to the backend",
+                hint="use qpass.prepare, calibrate and convert first, or the presets int8_dynamic or int8_weight_only",
+            )
+        try:
+            return convert_graph(prepare_graph(graph, self.config, self.target, partial=True))
+        except QpassError as error:
+            if self.strict:
+                raise StrictError(error.what, where=error.where, hint=error.hint) from error
+            warnings.warn(f"qpass left a compiled graph in float: {error.what}\n  where: {error.where}", stacklevel=2)
+            return accounted(graph, self.target)
+
+
+def backend(
+    config: Config | str | None = None, *, target: str = "x86", strict: bool = False,
+    inductor: Mapping[str, Any] | None = None,
+) -> Backend:
+    """A checked backend: ``torch.compile(model, backend=qpass.backend("int8_dynamic"))``.
+
+    Raises:
+        ConfigError: an unknown preset or Inductor option.
+    """
+    chosen = presets.get(presets.int8_dynamic() if config is None else config)
+    options = dict(inductor or {})
+    known = torch._inductor.config.get_config_copy()
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown Inductor option {name!r}{near(name, known)}", hint="see torch._inductor.config")
+    return Backend(chosen, target, strict, tuple(sorted(options.items())))
+
+
+def qpass_backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+) -> Callable[..., Any]:
+    """The entry point behind ``backend="qpass"``; ``options`` are the arguments of :func:`backend`."""
+    given = dict(options or {})
+    known = [field.name for field in fields(Backend)]
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}{near(name, known)}", hint=f"use {', '.join(known)}")
+    return backend(**given)(gm, example_inputs)
+
+
+def accounted(graph: fx.GraphModule, target: str) -> fx.GraphModule:
+    """A retraced graph at the quantized stage, with a record on every float operation, as ``prepare`` leaves them."""
+    record = graph_record(graph)
+    record.stage, record.target = "quantized", target
+    for region in regions(graph):
+        constants = Constants(region)
+        for node in region.graph.nodes:
+            is_operation = node.op == "call_function" and node not in constants and record_of(node) is None
+            if is_operation and as_dequantize(node) is None and as_quantize(node) is None:
+                set_record(node, uncovered(node))
+    return graph
+
+
+def needs_calibration(config: Config) -> bool:
+    """Whether some activation's range comes from data seen beforehand."""
+    specs = [config.activation, *(override.activation for override in config.overrides)]
+    return any(isinstance(spec, QuantizationSpec) and not spec.dynamic for spec in specs)
+
+
+def _is_training(example_inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
+
+
+def _has_qdq(gm: fx.GraphModule) -> bool:
+    return any(
+        getattr(node.target, "namespace", "") == "quantized_decomposed"
+        for region in regions(gm) for node in region.graph.nodes
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""FX graphs and nothing of quantization: edits, constants, text, records, verification."""

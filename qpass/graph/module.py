@@ -1,0 +1,30 @@
+"""A graph module that takes the source of its code with it when it goes."""
+
+from __future__ import annotations
+
+import linecache
+import weakref
+from typing import Any
+
+from torch import fx
+
+
+class GraphModule(fx.GraphModule):
+    """torch.fx keeps the text of every ``forward`` it ever generated, for tracebacks; here until the module is gone.
+
+    Some kilobytes each, several for each model that is prepared and converted: a process that quantizes models all
+    day would grow by them for ever.
+    """
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        file = type(self).forward.__code__.co_filename
+        weakref.finalize(self, _forget, file).atexit = False
+        return code
+
+
+def _forget(file: str) -> None:
+    linecache.cache.pop(file, None)
+    sources = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", None)
+    if sources is not None:
+        sources.pop(file, None)

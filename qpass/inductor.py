@@ -1,0 +1,164 @@
+"""A lowered graph, compiled by Inductor and kept in step with its weights.
+
+Packed weights become constants of the compiled code (:mod:`qpass.opaque`). All other tensors become arguments, since
+Inductor may print the value of a small constant into its code, where no later change of a weight could reach it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qpass.capture_dynamo import DynamoCapture
+from qpass.graph.edit import copy_graph_module, fake_mode_of, get_constant
+from qpass.graph.misdescribed import spell_out
+from qpass.graph.regions import operands_of, regions
+from qpass.opaque import hide
+from qpass.refresh import LiveConstants, pick
+
+
+def compile_lowered(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    capture: DynamoCapture | None = None,
+    decompositions: Mapping[Any, Callable[..., Any]],
+    post_grad: Sequence[CustomGraphPass] = (),
+    config_patches: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile ``gm``, a lowered graph for inference, and return what Dynamo is to call; ``gm`` is not changed.
+
+    ``example_inputs`` are the arguments that Dynamo gave the backend and ``capture`` says how they became ``gm``.
+    Without it, every argument feeds a placeholder and every constant is the tensor that ``gm`` holds.
+    ``decompositions`` are added to Inductor's own and serve the q/dq that are left. ``post_grad`` passes run on
+    Inductor's post-grad graph, after those that the user configured. ``config_patches`` are options for Inductor, for
+    this graph alone: ``torch._inductor.config`` is left as it is.
+    """
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    constants = LiveConstants(gm, example_inputs, capture)
+    lifted = copy_graph_module(gm)
+    spell_out(lifted)
+    packed = hide(lifted)
+    positions = list(capture.inputs if capture is not None else range(len(example_inputs)))
+    held = []
+    for tensor in _lift(lifted, first=lambda tensor: constants.argument(tensor) is not None):
+        position = constants.argument(tensor)
+        if position is None:
+            constants.hold(tensor)
+            held.append(tensor)
+        else:
+            positions.append(position)
+    lifted = copy_graph_module(lifted)  # leaves the constants behind
+    sources = capture.sources if capture is not None else [None] * len(example_inputs)
+    _keep_sources(lifted, [*(sources[position] for position in positions), *(None for _ in held)])
+    mode = _backend_mode(lifted)
+    with torch.no_grad(), _context(mode):
+        call: Any = compile_fx(
+            lifted,
+            [
+                *(example_inputs[position] for position in positions),
+                *(mode.from_tensor(tensor, static_shapes=True) for tensor in held),
+            ],
+            config_patches={**(config_patches or {}), **_patches(packed, post_grad)},
+            decompositions={**select_decomp_table(), **decompositions},
+        )
+    inputs = pick(positions)
+
+    def lowered(*arguments: Any) -> Any:
+        held = constants.enter(arguments)
+        try:
+            return call(*inputs(arguments), *held)
+        finally:
+            constants.leave()
+
+    return lowered
+
+
+def _lift(gm: fx.GraphModule, first: Callable[[Tensor], bool]) -> list[Tensor]:
+    """Turn the tensors that the graph and its regions read into inputs, each once; the tensors in input order.
+
+    Regions get them as operands: ``cond(p, f, g, (x,)) -> cond(p, f, g, (x, weight))``, all of them in every region.
+    """
+    found: dict[int, Tensor] = {}
+    inside: dict[int, Tensor] = {}
+    for region in regions(gm):
+        for node in region.graph.find_nodes(op="get_attr"):
+            value = get_constant(region, node.target)
+            if isinstance(value, Tensor):
+                found[id(value)] = value
+                if region is not gm:
+                    inside[id(value)] = value
+    ordered = sorted(found.values(), key=lambda tensor: not first(tensor))
+    for region in list(regions(gm)):
+        _take_inputs(region, ordered if region is gm else list(inside.values()), list(inside.values()))
+    return ordered
+
+
+def _take_inputs(region: fx.GraphModule, tensors: list[Tensor], passed_on: list[Tensor]) -> None:
+    graph = region.graph
+    reads = [
+        (node, value)
+        for node in graph.find_nodes(op="get_attr")
+        if isinstance(value := get_constant(region, node.target), Tensor)
+    ]
+    values = {id(value): node.meta.get("val") for node, value in reads}
+    placeholders = graph.find_nodes(op="placeholder")
+    inputs: dict[int, fx.Node] = {}
+    with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before(next(iter(graph.nodes))):
+        for tensor in reversed(tensors):  # each is inserted right after the last old placeholder
+            node = graph.placeholder(f"constant_{len(inputs)}")
+            node.meta["val"] = values.get(id(tensor))
+            inputs[id(tensor)] = node
+    for node, value in reads:
+        node.replace_all_uses_with(inputs[id(value)])
+        graph.erase_node(node)
+    extra = tuple(inputs[id(tensor)] for tensor in passed_on)
+    for call in graph.nodes:
+        operands = operands_of(region, call) if extra else None
+        if operands is not None and operands.bodies:
+            call.args = operands.args((*operands.values, *extra))
+    region.recompile()
+
+
+def _keep_sources(gm: fx.GraphModule, sources: Sequence[Any]) -> None:
+    """Mark the graph as Dynamo's, so that AOTAutograd guards on inputs that overlap as it does for Dynamo's own."""
+    context = TracingContext.try_get()
+    if context is None or all(source is None for source in sources):
+        return
+    gm.meta["dynamo_compile_id"] = torch._guards.CompileContext.current_compile_id()
+    gm._param_name_to_source = {}  # type: ignore[assignment]
+    for node, source in zip(gm.graph.find_nodes(op="placeholder"), sources, strict=True):
+        node._dynamo_source = source
+
+
+def _backend_mode(gm: fx.GraphModule) -> FakeTensorMode:
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else fake_mode_of(gm.graph)
+    return mode if mode is not None else FakeTensorMode()
+
+
+def _context(mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
+    if TracingContext.try_get() is not None:
+        return contextlib.nullcontext()
+    return torch._guards.tracing(TracingContext(mode))
+
+
+def _patches(packed: Sequence[Tensor], post_grad: Sequence[CustomGraphPass]) -> dict[str, Any]:
+    patches: dict[str, Any] = {"freezing": False}  # would take the arguments for constants
+    if post_grad:
+        configured = inductor_config.post_grad_custom_post_pass or ()
+        first = configured if isinstance(configured, (list, tuple)) else (configured,)
+        patches["post_grad_custom_post_pass"] = [*first, *post_grad]
+    if packed:  # the cache's key does not hold the constants: another model's weights would be served
+        patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+    return patches

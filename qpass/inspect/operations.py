@@ -1,0 +1,105 @@
+"""The operations of a model as its graph accounts for them: one row each, with the decision and its reason."""
+
+from __future__ import annotations
+
+import operator
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+import qpass.passes
+from qpass.graph.constants import Constants
+from qpass.graph.record import NodeRecord, Stage, record_of
+from qpass.graph.source import module_path, source_line
+from qpass.graph.text import target_name
+
+PASSES = {module.name for module in pkgutil.iter_modules(qpass.passes.__path__)}  # a pass's file is named by the pass
+
+LOST = "a pass replaced it and did not carry its record over"
+NOT_TRIED = "no pattern of the catalogue recognised its q/dq form, so no kernel was tried"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation of the model.
+
+    ``outcome`` is "quantized" (its operands carry q/dq pairs), "lowered" (``kernel`` runs it), "float" (``reason``
+    says why), "exact" (moves values without rounding) or "unaccounted" (a pass lost its record: a defect of that
+    pass). ``compute_dtype`` is the dtype of what stays in float. ``count`` is the number of operations that were
+    merged into this one, itself included. A ``fused`` row is part of another row's island and counted there.
+    ``missed``: the configuration asked for more than was done.
+    """
+
+    op: str
+    module: str
+    outcome: str
+    kernel: str = ""
+    reason: str = ""
+    pattern: str = ""
+    compute_dtype: str = ""
+    line: str = ""
+    node: str = ""
+    count: int = 1
+    fused: bool = False
+    missed: bool = False
+
+
+def operations(region: fx.GraphModule, stage: Stage) -> Iterator[Row]:
+    """The rows of one region. What passes inserted, and what only computes a constant, is no operation of the model."""
+    constants = Constants(region)
+    for node in region.graph.nodes:
+        record = record_of(node)
+        if record is None:
+            if _computes_floats(node) and node not in constants and not _is_inserted(node):
+                place = {"module": module_path(node), "line": source_line(node), "node": node.name}
+                yield Row(target_name(node), outcome="unaccounted", reason=LOST, missed=True, **place)
+        elif record.outcome != "float" or _computes_floats(node):
+            yield _row(node, record, stage)
+
+
+def _row(node: fx.Node, record: NodeRecord, stage: Stage) -> Row:
+    if stage == "lowered" and record.outcome == "quantized" and not record.reason:
+        record = record.but(reason=NOT_TRIED)
+    return Row(
+        op=record.op, module=record.module, outcome=record.outcome, kernel=record.kernel, reason=record.reason,
+        pattern=record.pattern, compute_dtype=_compute_dtype(node, record), line=record.line, node=node.name,
+        count=record.size, fused=record.is_fused, missed=record.is_missed,
+    )  # fmt: skip
+
+
+def _compute_dtype(node: fx.Node, record: NodeRecord) -> str:
+    if record.outcome != "float":
+        return ""
+    dtype = record.compute_dtype or next(t.dtype for t in _tensors(node) if t.is_floating_point())
+    return str(dtype).removeprefix("torch.")
+
+
+def _computes_floats(node: fx.Node) -> bool:
+    """Whether a node is an operation of the model that could lose precision.
+
+    q/dq is a decision about operations, not one of them. Masks, indices and sizes are not; neither is ``getitem``,
+    which names one result of the operation before it, nor control flow, whose regions are accounted for by themselves.
+    """
+    if node.op != "call_function" or node.target is operator.getitem or _is_control_flow(node):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "quantized_decomposed":
+        return False
+    return any(tensor.is_floating_point() for tensor in _tensors(node))
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+
+
+def _is_control_flow(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.HigherOrderOperator) and not target.name().startswith("flex_attention")
+
+
+def _is_inserted(node: fx.Node) -> bool:
+    sources = node.meta.get("from_node") or ()
+    return any(source.pass_name in PASSES for source in sources[-1:])

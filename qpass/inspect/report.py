@@ -1,0 +1,163 @@
+"""What became of every operation of a model, and why: read from the graph, for a person or for a program."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.eval_frame import OptimizedModule
+
+from qpass.capture import CAPTURE_KEY, FirstBatch
+from qpass.compiled import compiled_graphs
+from qpass.errors import InputError, StrictError
+from qpass.graph.edit import get_constant
+from qpass.graph.record import GRAPH_KEY, GraphRecord
+from qpass.graph.regions import regions
+from qpass.graph.text import target_name
+from qpass.inspect.operations import Row, operations
+from qpass.inspect.report_text import render
+from qpass.inspect.sqnr import sqnr
+from qpass.rewrite.qdq import DEQUANTIZE, QUANTIZE
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is known about one graph, or about the several that a model fell into.
+
+    ``str(report)`` is its text, stable over runs. ``bytes_before`` are those of the float model's parameters and
+    buffers, ``bytes_after`` those of the constants that the graphs read now: a prepacked weight counts a byte a value,
+    the codes it was packed from count only where something else still reads them. ``leftover`` counts the q/dq
+    operations in the graphs: once lowered, those that Inductor fuses into their neighbours. ``sqnr`` is in dB, None
+    where no reference was given.
+    """
+
+    stage: str
+    target: str
+    rows: tuple[Row, ...]
+    bytes_before: int
+    bytes_after: int
+    leftover: dict[str, int]
+    notes: tuple[str, ...] = ()
+    sqnr: float | None = None
+    graphs: int = 1
+
+    def count(self, *outcomes: str) -> int:
+        """The number of operations with one of these outcomes; of all but the exact ones when none is named."""
+        wanted = outcomes or ("quantized", "lowered", "float", "unaccounted")
+        return sum(row.count for row in self.rows if row.outcome in wanted and not row.fused)
+
+    @property
+    def missed(self) -> tuple[Row, ...]:
+        """The operations for which the configuration asked for more than was done."""
+        return tuple(row for row in self.rows if row.missed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in dicts, lists, strings and numbers, as JSON takes them; an infinite SQNR becomes a string."""
+        plain = asdict(self) | {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
+        if self.sqnr is not None and math.isinf(self.sqnr):
+            plain["sqnr"] = str(self.sqnr)
+        return plain
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def report(gm: Any, inputs: Any = None, reference: Callable[..., Any] | None = None, strict: bool = False) -> Report:
+    """What is quantized, lowered to which kernel, left in float or unfused, and why; sizes before and after.
+
+    Args:
+        gm: a prepared, quantized or lowered graph, a model prepared without inputs that has seen a batch, or a model
+            compiled with ``backend="qpass"`` that ran.
+        inputs: with ``reference``, the batches to measure the SQNR on, as :func:`qpass.sqnr` takes them.
+        reference: the model to compare with, usually the float one.
+        strict: raise when the configuration asked for more than was done.
+
+    Raises:
+        InputError: ``gm`` holds no decisions, or only one of ``inputs`` and ``reference`` is given.
+        CaptureError: ``gm`` was prepared without inputs and has seen no batch yet.
+        StrictError: ``strict`` and some operation is not what the configuration asked for.
+    """
+    if (inputs is None) != (reference is None):
+        given, lacking = ("inputs", "reference") if reference is None else ("reference", "inputs")
+        raise InputError(f"report was given {given} but no {lacking}", hint="SQNR needs both, the rest needs neither")
+    found = report_graphs(_graphs(gm), strict=strict)
+    return found if reference is None else replace(found, sqnr=sqnr(reference, gm, inputs))
+
+
+def report_graphs(graphs: Sequence[fx.GraphModule], strict: bool = False) -> Report:
+    """One report on all of ``graphs``; raises as :func:`report` does."""
+    records = [_record(gm) for gm in graphs]
+    parts = [(region, record) for gm, record in zip(graphs, records, strict=True) for region in regions(gm)]
+    every_region = [region for region, _ in parts]
+    found = Report(
+        stage=", ".join(dict.fromkeys(record.stage for record in records)),
+        target=", ".join(dict.fromkeys(record.target for record in records if record.target)),
+        rows=tuple(row for region, record in parts for row in operations(region, record.stage)),
+        bytes_before=sum(record.float_bytes for record in records),
+        bytes_after=constant_bytes(every_region),
+        leftover=_leftover(every_region),
+        notes=tuple(dict.fromkeys(note for gm in graphs for note in _notes(gm))),
+        graphs=len(graphs),
+    )
+    if strict and found.missed:
+        raise StrictError(
+            f"{len(found.missed)} operations are not what the configuration asked for",
+            where="\n         ".join(f"{row.module or row.node} ({row.op}): {row.reason}" for row in found.missed),
+            hint="accept that by config.keep_float(...), or ask for the report without strict=True",
+        )
+    return found
+
+
+def constant_bytes(graphs: Iterable[fx.GraphModule]) -> int:
+    """Bytes of all tensors that the graphs read as constants; tensors at one address count once, as the largest."""
+    sizes: dict[tuple[str, int], int] = {}
+    for gm in graphs:
+        for node in gm.graph.find_nodes(op="get_attr"):
+            value = get_constant(gm, str(node.target))
+            if not isinstance(value, Tensor):
+                continue
+            plain = value.layout == torch.strided and value.device.type != "meta"
+            place = ("address", value.data_ptr()) if plain and value.data_ptr() else ("object", id(value))
+            size = value.numel() * (value.element_size() if value.layout == torch.strided else 1)
+            sizes[place] = max(size, sizes.get(place, 0))
+    return sum(sizes.values())
+
+
+def _graphs(gm: Any) -> list[fx.GraphModule]:
+    if isinstance(gm, FirstBatch):
+        return [gm.captured]
+    if not isinstance(gm, OptimizedModule):
+        return [gm]
+    graphs = compiled_graphs(gm._orig_mod)
+    if not graphs:
+        raise InputError(
+            "this compiled model has no graph of qpass yet",
+            hint='compile it with torch.compile(model, backend="qpass") and run it once without gradients',
+        )
+    return graphs
+
+
+def _record(gm: Any) -> GraphRecord:
+    record: GraphRecord | None = gm.meta.get(GRAPH_KEY) if isinstance(gm, fx.GraphModule) else None
+    if record is None or record.stage == "captured":
+        kind = "a captured graph" if isinstance(gm, fx.GraphModule) else type(gm).__name__
+        raise InputError(
+            f"report takes a prepared, quantized or lowered graph, and this is {kind}",
+            hint="call qpass.prepare on the model first",
+        )
+    return record
+
+
+def _leftover(graphs: Iterable[fx.GraphModule]) -> dict[str, int]:
+    names = [target_name(node) for gm in graphs for node in gm.graph.nodes if node.target in QUANTIZE | DEQUANTIZE]
+    return dict(sorted(Counter(names).items()))
+
+
+def _notes(gm: fx.GraphModule) -> Iterator[str]:
+    yield from gm.meta[GRAPH_KEY].notes
+    yield from gm.meta.get(CAPTURE_KEY, {}).get("notes", ())

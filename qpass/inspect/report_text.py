@@ -1,0 +1,187 @@
+"""A report as text: a headline, what happened per kind of operation and per module, and every reason once."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from qpass.inspect.operations import Row
+
+if TYPE_CHECKING:
+    from qpass.inspect.report import Report
+
+WORDS = {
+    "lowered": "lowered",
+    "quantized": "quantized",
+    "float": "left in float",
+    "exact": "exact",
+    "unaccounted": "unaccounted",
+}
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole step of a dotted path
+
+
+def render(report: Report) -> str:
+    """The text of a report; a reason is written out once, below, and referred to by its number."""
+    reasons = _reasons(report)
+    blocks = [_headline(report), _per_operation(report), _per_module(report, reasons), _explained(report, reasons)]
+    blocks.append(_remarks(report))
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def path_patterns(paths: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Module paths grouped where only whole numbers in them differ: ``(pattern, paths)``, in order of appearance.
+
+    ``layers.0.fc``, ``layers.1.fc``, ``layers.2.fc`` read ``layers.{0..2}.fc``. A pattern stands for exactly its
+    paths: where numbers at two places do not occur in all combinations, the first place is written out.
+    """
+    groups: dict[str, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        groups.setdefault(NUMBER.sub("#", path), []).append(path)
+    for members in groups.values():
+        indices = {path: tuple(map(int, NUMBER.findall(path))) for path in members}
+        for block in _products(list(indices.values())):
+            matching = tuple(path for path in members if indices[path] in block)
+            spans = [_span(sorted(set(values))) for values in zip(*block, strict=True)]
+            between = NUMBER.split(matching[0])
+            yield "".join(itertools.chain(*itertools.zip_longest(between, spans, fillvalue=""))), matching
+
+
+def _products(indices: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """``indices`` split into blocks that are full products of what occurs at each place."""
+    axes = [sorted(set(values)) for values in zip(*indices, strict=True)]
+    if set(itertools.product(*axes)) == set(indices) or len(indices) == 1:
+        yield indices
+        return
+    place = next(place for place, values in enumerate(axes) if len(values) > 1)
+    for value in axes[place]:
+        yield from _products([index for index in indices if index[place] == value])
+
+
+def _span(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    return f"{{{','.join(map(str, numbers))}}}"
+
+
+def _headline(report: Report) -> list[str]:
+    total, lowered, quantized = report.count(), report.count("lowered"), report.count("quantized")
+    is_lowered = "lowered" in report.stage
+    done = f"{lowered} of {total} lowered to kernels" if is_lowered else f"{quantized} of {total} quantized"
+    rest = [f"{quantized} quantized without a kernel"] if is_lowered and quantized else []
+    rest += [f"{report.count('float')} left in float"]
+    rest += [f"{n} unaccounted"] if (n := report.count("unaccounted")) else []
+    moved, fused = report.count("exact"), sum(row.count for row in report.rows if row.fused)
+    title = f"qpass report: {report.stage}"
+    title += f" for {report.target}" if report.target else ""
+    title += f", {report.graphs} graphs" if report.graphs > 1 else ""
+    lines = [title, f"  operations  {done}, {', '.join(rest)}"]
+    besides = [f"{fused} fused into the one before"] if fused else []
+    besides += [f"{moved} only move values"] if moved else []
+    lines += [f"              besides, {' and '.join(besides)}"] if besides else []
+    lines.append(f"  constants   {_bytes(report.bytes_before)} -> {_bytes(report.bytes_after)}{_percent(report)}")
+    if report.sqnr is not None:
+        lines.append(f"  SQNR        {report.sqnr:.1f} dB")
+    return lines
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def _percent(report: Report) -> str:
+    return f" ({100 * report.bytes_after / report.bytes_before:.1f} %)" if report.bytes_before else ""
+
+
+def _per_operation(report: Report) -> list[str]:
+    outcomes = ["quantized", "lowered", "float", "exact"]
+    outcomes += ["unaccounted"] if report.count("unaccounted") else []
+    counts: dict[str, Counter[str]] = {}
+    kernels: dict[str, dict[str, None]] = {}
+    for row in report.rows:
+        if not row.fused:
+            counts.setdefault(row.op, Counter())[row.outcome] += row.count
+            kernels.setdefault(row.op, {}).update({row.kernel: None} if row.kernel else {})
+    lines = [
+        [op, *(str(count[outcome] or "-") for outcome in outcomes), ", ".join(kernels[op])]
+        for op, count in counts.items()
+    ]
+    return _table(["operation", *(WORDS[outcome] for outcome in outcomes), "kernel"], lines)
+
+
+def _per_module(report: Report, reasons: dict[tuple[str, str], int]) -> list[str]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in report.rows:
+        if row.outcome == "exact" or row.fused:
+            continue
+        groups.setdefault((row.op, WORDS[row.outcome], _how(row, reasons)), []).append(row)
+    lines: dict[str, list[list[str]]] = {}
+    for (op, outcome, what), rows in groups.items():
+        counts: Counter[str] = Counter()
+        for row in rows:
+            counts[row.module] += row.count
+        for pattern, paths in path_patterns(counts):
+            count = sum(counts[path] for path in paths)
+            name = (pattern or "(top level)") + (f" x{count}" if count > 1 else "")
+            lines.setdefault(paths[0], []).append([name, op, outcome, what])
+    in_order = [line for path in dict.fromkeys(row.module for row in report.rows) for line in lines.get(path, [])]
+    return _table(["module", "operation", "outcome", "kernel or reason"], in_order)
+
+
+def _how(row: Row, reasons: dict[tuple[str, str], int]) -> str:
+    if row.outcome == "lowered":
+        merged = f"{row.count} in one" if row.count > 1 else ""
+        return " ".join(part for part in (row.kernel, row.reason, merged) if part)
+    number = reasons.get((row.outcome, row.reason))
+    return f"[{number}]" if number else ""
+
+
+def _reasons(report: Report) -> dict[tuple[str, str], int]:
+    """(outcome, reason) -> number, for all that was not lowered, in order of appearance."""
+    told = [(row.outcome, row.reason) for row in report.rows if row.reason and not row.fused]
+    told = [reason for reason in told if reason[0] in ("float", "quantized", "unaccounted")]
+    return {reason: number for number, reason in enumerate(dict.fromkeys(told), 1)}
+
+
+def _explained(report: Report, reasons: dict[tuple[str, str], int]) -> list[str]:
+    counts: Counter[tuple[str, str]] = Counter()
+    for row in report.rows:
+        if not row.fused:
+            counts[row.outcome, row.reason] += row.count
+    words = WORDS | {"quantized": "quantized, no kernel"}
+    lines = [f"  [{number}] {words[at[0]]} x{counts[at]}: {at[1]}" for at, number in reasons.items()]
+    return ["reasons", *lines] if lines else []
+
+
+def _remarks(report: Report) -> list[str]:
+    dtypes: Counter[str] = Counter()
+    for row in report.rows:
+        if row.outcome == "float":
+            dtypes[row.compute_dtype] += row.count
+    lines = []
+    if dtypes:
+        lines.append(f"what stays in float computes in: {_counted(dtypes)}")
+    if "lowered" in report.stage and report.leftover:
+        lines.append(f"q/dq left in the graph, for Inductor to fuse: {_counted(report.leftover)}")
+    return lines + [f"note: {note}" for note in report.notes]
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} x{count}" for name, count in counts.items())
+
+
+def _table(header: list[str], lines: list[list[str]]) -> list[str]:
+    """Columns aligned left, the header underlined; numbers and dashes are short enough not to need more."""
+    if not lines:
+        return []
+    widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
+    rule = ["-" * width for width in widths]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in [header, rule, *lines]]  # fmt: skip

@@ -1,0 +1,182 @@
+"""min and max seen -> qparams: per tensor, per channel, per group; over all batches, or as a moving average."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpass.errors import CalibrationError, ConfigError
+from qpass.numerics import EPS, choose_qparams
+from qpass.observer.base import ObserverBase, spec_from_keywords
+from qpass.observer.extrema import extrema
+from qpass.spec import PerChannel, PerGroup, PerTensor, QuantizationSpec
+
+
+class RangeObserver(ObserverBase):
+    """Keeps a minimum and a maximum for each scale: float32 buffers `min_val` and `max_val`, +inf and -inf before data.
+
+    Both are scalars per tensor; otherwise they take their shape from the first tensor, and are empty before it.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+
+    def __init__(self, spec: QuantizationSpec) -> None:
+        super().__init__(spec)
+        shape = () if isinstance(spec.granularity, PerTensor) else (0,)
+        self.register_buffer("min_val", torch.full(shape, torch.inf))
+        self.register_buffer("max_val", torch.full(shape, -torch.inf))
+
+    def observe(self, x: Tensor) -> Tensor:
+        low, high, left_out = self.extrema(x)
+        if self.min_val.shape != low.shape:
+            self._take_shape(low)
+        new_min, new_max = self.combine(low, high)
+        self.min_val.copy_(new_min)
+        self.max_val.copy_(new_max)
+        return left_out
+
+    def extrema(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`extrema` of one tensor, shaped like the scales."""
+        return extrema(x)
+
+    def combine(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The range so far together with that of one more tensor."""
+        return torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        if not self.has_data:
+            warnings.warn(f"{type(self).__name__} has seen no data: its scale is 1.", stacklevel=2)
+        scale, zero_point = choose_qparams(
+            *self.chosen_range(), self.quant_min, self.quant_max, self.spec.symmetric, self.eps
+        )
+        scale = torch.where(self.min_val <= self.max_val, scale, 1.0)
+        if scale.dim() == 0:
+            return scale.reshape(1), zero_point.reshape(1)
+        return scale, zero_point
+
+    def chosen_range(self) -> tuple[Tensor, Tensor]:
+        """The ends of the range to quantize; 0 and 0 where nothing was seen."""
+        seen = self.min_val <= self.max_val
+        return torch.where(seen, self.min_val, 0.0), torch.where(seen, self.max_val, 0.0)
+
+    def reset(self) -> None:
+        super().reset()
+        self.min_val.fill_(torch.inf)
+        self.max_val.fill_(-torch.inf)
+
+    def _take_shape(self, low: Tensor) -> None:
+        if self.min_val.numel() > 0:
+            raise CalibrationError(
+                f"{type(self).__name__} has ranges of shape {tuple(self.min_val.shape)}, "
+                f"but this tensor has {tuple(low.shape)} of them.",
+                hint="observe one tensor with one observer, or reset() it before another",
+            )
+        self.min_val.resize_(low.shape).fill_(torch.inf)
+        self.max_val.resize_(low.shape).fill_(-torch.inf)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Ranges take the shape that they were saved with."""
+        for name in ("min_val", "max_val"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and not isinstance(self.spec.granularity, PerTensor):
+                getattr(self, name).resize_(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class MinMaxObserver(RangeObserver):
+    """The smallest and the largest value of all batches. Keywords as torch.ao's observer of that name."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.uint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        eps: float = EPS,
+        is_dynamic: bool = False,
+    ) -> None:
+        super().__init__(spec_from_keywords(dtype, qscheme, PerTensor(), quant_min, quant_max, eps, is_dynamic))
+
+
+class PerChannelMinMaxObserver(RangeObserver):
+    """The smallest and the largest value of each index of dimension `ch_axis`, over all batches."""
+
+    def __init__(
+        self,
+        ch_axis: int = 0,
+        dtype: torch.dtype = torch.uint8,
+        qscheme: torch.qscheme = torch.per_channel_affine,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        eps: float = EPS,
+    ) -> None:
+        super().__init__(spec_from_keywords(dtype, qscheme, PerChannel(ch_axis), quant_min, quant_max, eps))
+        self.ch_axis = ch_axis
+
+    def extrema(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not -x.dim() <= self.ch_axis < x.dim():
+            raise ConfigError(
+                f"{type(self).__name__} has ch_axis {self.ch_axis}, but the tensor has {x.dim()} dimensions.",
+                hint="choose the axis of the weight's output channels",
+            )
+        return extrema(x, [dim for dim in range(x.dim()) if dim != self.ch_axis % x.dim()])
+
+
+class PerGroupMinMaxObserver(RangeObserver):
+    """The smallest and the largest value of each `group_size` neighbours in the last dimension, over all batches.
+
+    A tensor ``[..., K]`` has ranges and scales ``[..., K / group_size]``.
+    """
+
+    def __init__(
+        self,
+        group_size: int = 128,
+        dtype: torch.dtype = torch.int8,
+        qscheme: torch.qscheme = torch.per_channel_symmetric,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        eps: float = EPS,
+    ) -> None:
+        super().__init__(spec_from_keywords(dtype, qscheme, PerGroup(group_size), quant_min, quant_max, eps))
+        self.group_size = group_size
+
+    def extrema(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if x.dim() == 0 or x.shape[-1] % self.group_size != 0:
+            raise ConfigError(
+                f"group_size {self.group_size} does not divide the last dimension of shape {tuple(x.shape)}.",
+                hint="choose a group size that divides it, or PerChannel",
+            )
+        return extrema(x.unflatten(-1, (-1, self.group_size)), [-1])
+
+
+class _MovingAverage(RangeObserver):
+    """``range += averaging_constant * (range of this batch - range)``, from the first batch's range on."""
+
+    averaging_constant: float
+
+    def combine(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return self._average(self.min_val, low), self._average(self.max_val, high)
+
+    def _average(self, old: Tensor, new: Tensor) -> Tensor:
+        averaged = old + self.averaging_constant * (new - old)
+        return torch.where(new.isinf(), old, torch.where(old.isinf(), new, averaged))
+
+
+class MovingAverageMinMaxObserver(_MovingAverage, MinMaxObserver):
+    """A moving average over batches of their smallest and largest values."""
+
+    def __init__(self, averaging_constant: float = 0.01, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.averaging_constant = averaging_constant
+
+
+class MovingAveragePerChannelMinMaxObserver(_MovingAverage, PerChannelMinMaxObserver):
+    """A moving average over batches of the smallest and largest values of each index of dimension `ch_axis`."""
+
+    def __init__(self, averaging_constant: float = 0.01, ch_axis: int = 0, **keywords: Any) -> None:
+        super().__init__(ch_axis, **keywords)
+        self.averaging_constant = averaging_constant

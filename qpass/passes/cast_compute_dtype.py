@@ -1,0 +1,76 @@
+"""Run what stays in floating point in the compute dtype that ``assign_compute_dtype`` recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpass.graph.edit import Editor, refresh_val
+from qpass.passes.annotate import ISLAND
+from qpass.passes.assign_compute_dtype import AS_IT_COMES, COMPUTE_DTYPE
+from qpass.passes.frame import Pass
+from qpass.rewrite.qdq import CHOOSE, as_quantize
+
+aten = torch.ops.aten
+Casts = dict[tuple[fx.Node, torch.dtype], fx.Node]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class CastComputeDtype(Pass):
+    """``matmul(a, b)  ->  matmul(to(a, bfloat16), to(b, bfloat16))`` where the record says so
+
+    Quantized operations compute in float32 and are cast behind; where both a float reader and a quantize node follow,
+    the quantize node reads the cast value too, so that a kernel can write bfloat16 once. Outputs keep their dtype.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        edit = Editor(gm, self.name)
+        casts: Casts = {}
+        changed: set[fx.Node] = set()
+        originals = {node: _dtype(node) for node in gm.graph.nodes}
+        for node in list(gm.graph.nodes):
+            wanted = node.meta.pop(COMPUTE_DTYPE, None)
+            if node.op == "output":
+                node.args = fx.node.map_arg(node.args, lambda n: self._cast(n, originals[n], n, casts, edit))
+            if node.op != "call_function" or wanted is None:
+                continue
+            for source in node.all_input_nodes if wanted is not AS_IT_COMES else ():
+                if _dtype(source) in FLOATS and _dtype(source) != wanted:
+                    node.replace_input_with(source, cast := self._cast(source, wanted, node, casts, edit))
+                    changed.add(cast)
+            if node.target not in CHOOSE and not changed.isdisjoint(node.all_input_nodes):
+                changed.add(node)
+                refresh_val(node)
+        self._quantize_from_casts(casts)
+        return len(casts)
+
+    def _cast(
+        self, source: fx.Node, dtype: torch.dtype | None, reader: fx.Node, casts: Casts, edit: Editor
+    ) -> fx.Node:
+        if dtype is None or _dtype(source) == dtype:
+            return source
+        if (source, dtype) not in casts:
+            following = source.next
+            while following.op == "placeholder":
+                following = following.next
+            origin = source if source.op == "call_function" else reader  # an input has no line of its own
+            casts[source, dtype] = edit.call(aten.to.dtype, source, dtype, like=origin, before=following)
+        return casts[source, dtype]
+
+    def _quantize_from_casts(self, casts: Casts) -> None:
+        for (source, dtype), cast in casts.items():
+            if dtype != torch.bfloat16 or ISLAND not in source.meta:
+                continue
+            for user in list(source.users):
+                pair = as_quantize(user)
+                if pair is not None and pair.qparams.is_static:
+                    user.replace_input_with(source, cast)
+
+
+def _dtype(node: fx.Node) -> Any:
+    val = node.meta.get("val")
+    return val.dtype if isinstance(val, torch.Tensor) else None

@@ -1,0 +1,168 @@
+"""Turn observers into q/dq pairs, weights into stored codes."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpass.errors import CalibrationError
+from qpass.graph.constants import Constants, Derived, derived_constants, expression
+from qpass.graph.edit import Editor, fake_call, free_name
+from qpass.graph.source import where
+from qpass.numerics import BLOCK, quantize_weight
+from qpass.ops import quantized_decomposed as ops
+from qpass.ops.decompositions import table
+from qpass.passes.assign_compute_dtype import COMPUTE_DTYPE
+from qpass.passes.frame import Pass
+from qpass.passes.insert_observers import observers
+from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
+
+
+@dataclass(frozen=True)
+class LowerObservers(Pass):
+    """``observer(x)  ->  dequantize(quantize(x))``, and ``observer(w)  ->  dequantize(codes)`` for a stored weight
+
+    Static parameters are written into the graph as numbers, dynamic ones as ``choose_qparams``. A weight's codes,
+    scales and zero points become constants; the float weight is no longer read.
+    """
+
+    def requires(self, gm: fx.GraphModule) -> None:
+        constants = Constants(gm)
+        blind = [
+            node for node, name in observers(gm)
+            if node.args[0] not in constants and not _needs_no_data(gm.get_submodule(name))
+        ]  # fmt: skip
+        if blind:
+            places = "\n         ".join(dict.fromkeys(where(next(iter(node.users))) for node in blind))
+            raise CalibrationError(
+                f"{len(blind)} observers saw no data",
+                where=places,
+                hint="run the prepared model on representative batches (qpass.calibrate) that reach these places, "
+                "or leave them in float with config.keep_float(module=...)",
+            )
+
+    def run(self, gm: fx.GraphModule) -> int:
+        edit, constants = Editor(gm, self.name), Constants(gm)
+        found = list(observers(gm))
+        for node, name in found:
+            observer: Any = gm.get_submodule(name)
+            spec: QuantizationSpec = observer.spec
+            if node.args[0] in constants:
+                result = self._weight(node, spec, edit, constants)
+            elif spec.dynamic:
+                result = self._dynamic(node, spec, edit)
+            else:
+                result = self._static(node, observer, edit)
+            node.replace_all_uses_with(result)
+            gm.graph.erase_node(node)
+        for name in dict.fromkeys(name for _, name in found):
+            gm.delete_submodule(name)
+        return len(found)
+
+    def _static(self, node: fx.Node, observer: Any, edit: Editor) -> fx.Node:
+        scale, zero_point = observer.calculate_qparams()
+        spec: QuantizationSpec = observer.spec
+        qparams = (float(scale), int(zero_point), *spec.range, spec.dtype)
+        x, place = node.args[0], {"like": node, "before": node}
+        val = fake_call(x, call=torch.empty_like, dtype=spec.dtype)
+        codes = edit.call(ops.quantize_per_tensor.default, x, *qparams, val=val, **place)
+        return edit.call(ops.dequantize_per_tensor.default, codes, *qparams, val=float_val(x), **place)
+
+    def _dynamic(self, node: fx.Node, spec: QuantizationSpec, edit: Editor) -> fx.Node:
+        x, place = node.args[0], {"like": node, "before": node}
+        per_token = isinstance(spec.granularity, PerToken)
+        arguments: tuple[Any, ...]
+        if per_token:
+            op = ops.choose_qparams_per_token if spec.symmetric else ops.choose_qparams_per_token_asymmetric
+            choose, arguments = op.default, (x, spec.dtype)
+        else:
+            op = ops.choose_qparams_symmetric if spec.symmetric else ops.choose_qparams
+            eps = torch.finfo(torch.float32).eps if spec.eps is None else spec.eps
+            choose, arguments = op.tensor, (x, *spec.range, eps, spec.dtype)
+        # torch's own shape function is wrong about these dtypes, so the fake values come from the decomposition
+        val = fake_call(x, *arguments[1:], call=table()[choose])
+        chosen = edit.call(choose, *arguments, val=val, **place)
+        scale = edit.call(operator.getitem, chosen, 0, **place)
+        zero_point = edit.call(operator.getitem, chosen, 1, **place)
+        tail = (scale, zero_point, *spec.range, spec.dtype)
+        if per_token:
+            codes = edit.call(ops.quantize_per_token.default, x, *tail, **place)
+            result = edit.call(ops.dequantize_per_token.default, codes, *tail, torch.float32, **place)
+        else:
+            codes = edit.call(ops.quantize_per_tensor.tensor, x, *tail, **place)
+            result = edit.call(ops.dequantize_per_tensor.tensor, codes, *tail, **place)
+        for reader in (chosen, codes):
+            reader.meta[COMPUTE_DTYPE] = torch.float32  # qparams of bfloat16 values would be bfloat16 themselves
+        return result
+
+    def _weight(self, node: fx.Node, spec: QuantizationSpec, edit: Editor, constants: Constants) -> fx.Node:
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        names, compute = expression(source)
+        parts = _parts_of(source, spec, constants)
+        base = str(source.target) if source.op == "get_attr" else names[0]
+        stored = []
+        for index, (suffix, value) in enumerate(zip(("codes", "scale", "zero_point"), parts, strict=True)):
+            name = free_name(edit.gm, f"{base}_{suffix}")
+            derived_constants(edit.gm)[name] = Derived(names, _part(index, compute, spec))
+            stored.append(edit.constant(name, value, like=node, before=node))
+        place = {"like": node, "before": node}
+        if isinstance(spec.granularity, PerChannel):
+            tail = (*stored, spec.granularity.axis, *spec.range, spec.dtype)
+            return edit.call(ops.dequantize_per_channel.default, *tail, val=float_val(source), **place)
+        if isinstance(spec.granularity, PerGroup):
+            tail = (*stored, *spec.range, spec.dtype, spec.granularity.group_size, torch.float32)
+            return edit.call(ops.dequantize_per_channel_group.default, *tail, **place)
+        assert isinstance(spec.granularity, PerTensor)
+        return edit.call(ops.dequantize_per_tensor.tensor, *stored, *spec.range, spec.dtype, **place)
+
+
+def _needs_no_data(observer: Any) -> bool:
+    return bool(observer.spec.dynamic or observer.has_data)
+
+
+def float_val(x: Any) -> Any:
+    """The fake value of a dequantized ``x``: that of ``x`` itself where it is float32 already, else computed."""
+    val = x.meta.get("val")
+    return val if isinstance(val, torch.Tensor) and val.dtype == torch.float32 else None
+
+
+def quantized_parts(w: torch.Tensor, spec: QuantizationSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scale and zero point of a weight: what its observer chooses for the values it has now."""
+    observer = spec.make_observer()
+    with torch.no_grad():
+        observer(w)
+        scale, zero_point = observer.calculate_qparams()
+        if isinstance(spec.granularity, PerGroup):
+            rows = w.reshape(-1, spec.granularity.group_size)
+            codes = quantize_weight(rows, scale.flatten(), zero_point.flatten(), 0, *spec.range, spec.dtype)
+            codes = codes.reshape(w.shape)
+        else:
+            axis = spec.granularity.axis if isinstance(spec.granularity, PerChannel) else None
+            codes = quantize_weight(w, scale, zero_point, axis, *spec.range, spec.dtype)
+    return codes, scale, zero_point
+
+
+def _parts_of(source: fx.Node, spec: QuantizationSpec, constants: Constants) -> tuple[torch.Tensor, ...]:
+    """The parts of a constant; of a product ``w * factor`` with a factor for each row, as folding a batch norm leaves
+    it, some rows at a time: the whole product would be one more float copy of the weight."""
+    if source.target is not torch.ops.aten.mul.Tensor or spec.granularity != PerChannel(0):
+        return quantized_parts(constants.value(source), spec)
+    w, factor = (constants.value(argument) for argument in source.args)  # type: ignore[arg-type]
+    if factor.shape != (len(w), *[1] * (w.dim() - 1)):
+        return quantized_parts(constants.value(source), spec)
+    codes = torch.empty(w.shape, dtype=spec.dtype, device=w.device)
+    qparams = []
+    for rows in torch.arange(len(w)).split(max(1, BLOCK // max(1, w[0].numel()))):
+        block = slice(int(rows[0]), int(rows[-1]) + 1)
+        codes[block], *chosen = quantized_parts(w[block] * factor[block], spec)
+        qparams.append(chosen)
+    scale, zero_point = (torch.cat(part) for part in zip(*qparams, strict=True))
+    return codes, scale, zero_point
+
+
+def _part(index: int, compute: Any, spec: QuantizationSpec) -> Any:
+    return lambda *values: quantized_parts(compute(*values), spec)[index]

@@ -1,0 +1,64 @@
+"""Passes in order, as a value; what every pass needs around it is done here, once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from qpass.graph.record import Stage, graph_record
+from qpass.graph.regions import regions
+from qpass.graph.verify import verify
+from qpass.passes.frame import Pass
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PassRun:
+    """One pass over one graph: how many changes it made, and its time in seconds."""
+
+    name: str
+    changes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """``passes`` run in order over a graph and all its regions; the result is at ``stage`` and obeys its spec.
+
+    ``between`` is called after each pass with the graph and its :class:`PassRun`; verification between passes is one
+    such callback, as recording is.
+    """
+
+    stage: Stage
+    passes: tuple[Pass, ...]
+
+    def run(
+        self, gm: fx.GraphModule, between: Sequence[Callable[[fx.GraphModule, PassRun], None]] = ()
+    ) -> list[PassRun]:
+        """Run on ``gm`` in place. Dead code goes after each pass that changed something.
+
+        The caller rebuilds ``gm`` when all is done, which generates its code.
+        """
+        runs = []
+        for step in self.passes:
+            start = time.perf_counter()
+            changes = 0
+            for region in list(regions(gm)):
+                step.requires(region)
+                changed = step.run(region)
+                if changed:
+                    region.graph.eliminate_dead_code()
+                step.ensures(region)
+                changes += changed
+            runs.append(PassRun(step.name, changes, time.perf_counter() - start))
+            log.debug("%s: %d changes in %.1f ms", step.name, changes, runs[-1].seconds * 1e3)
+            for callback in between:
+                callback(gm, runs[-1])
+        graph_record(gm).stage = self.stage
+        verify(gm, self.stage)
+        return runs

@@ -1,0 +1,120 @@
+"""From a captured graph to a prepared one, and from there to a quantized one."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from qpass.config import Config, resolve_compute_dtype, unmatched
+from qpass.errors import ConfigError, ConvertError, StrictError
+from qpass.graph.edit import copy_graph_module, rebuild
+from qpass.graph.record import graph_record, record_of
+from qpass.graph.regions import regions
+from qpass.passes.annotate import Annotate
+from qpass.passes.assign_compute_dtype import AssignComputeDtype
+from qpass.passes.cast_compute_dtype import CastComputeDtype
+from qpass.passes.expand_attention import ExpandAttention
+from qpass.passes.fold_batch_norm import FoldBatchNorm
+from qpass.passes.fold_constants import FoldConstants
+from qpass.passes.insert_observers import InsertObservers
+from qpass.passes.lower_observers import LowerObservers
+from qpass.pipeline import Pipeline
+from qpass.targets import registry
+
+
+def prepare_graph(captured: fx.GraphModule, config: Config, target: str, partial: bool = False) -> fx.GraphModule:
+    """A prepared copy of a captured graph; weights are shared. ``partial``: the graph may be a part of a model, whose
+    other parts the overrides may mean.
+
+    Raises:
+        ConfigError: an override matches nothing, the target is unknown, or nothing can be quantized.
+    """
+    registry.get(target)
+    gm = copy_graph_module(captured)
+    record = graph_record(gm)
+    record.config = config
+    record.float_bytes = constant_bytes(gm)
+    annotate = Annotate(config, target)
+    dtype = resolve_compute_dtype(config)
+    expands = registry.get(target).attention_by_matmul()
+    casts = () if dtype is None else (AssignComputeDtype(dtype, expands),)
+    Pipeline("prepared", (annotate, *casts, InsertObservers())).run(gm)
+    seen = annotate.seen
+    fault = unmatched(config, seen.overrides, seen.paths, seen.ops, seen.paths.values())
+    if fault is not None and not partial:
+        raise fault
+    refuse_nothing_quantized(gm)
+    return rebuild(gm)
+
+
+def convert_graph(prepared: fx.GraphModule, strict: bool = False) -> fx.GraphModule:
+    """A quantized copy of a prepared graph; the prepared one stays usable.
+
+    Raises:
+        ConvertError: the graph is not at the prepared stage.
+        CalibrationError: an observer saw no data.
+        StrictError: ``strict`` and an operation of the catalogue is left in float against the configuration's wish.
+    """
+    stage = graph_record(prepared).stage
+    if stage != "prepared":
+        hints = {
+            "captured": "call qpass.prepare on the model first, calibrate, then convert",
+            "quantized": "it is converted already: compile it with torch.compile(model, backend='qpass')",
+            "lowered": "it is converted and lowered already",
+        }
+        raise ConvertError(f"convert takes a prepared model, and this graph is {stage}", hint=hints[stage])
+    if strict:
+        refuse_left_in_float(prepared)
+    gm = copy_graph_module(prepared)
+    passes = (FoldBatchNorm(), LowerObservers(), CastComputeDtype(), ExpandAttention(), FoldConstants())
+    Pipeline("quantized", passes).run(gm)
+    gm = rebuild(gm)
+    freeze(gm)
+    return gm
+
+
+def freeze(gm: fx.GraphModule) -> None:
+    """Parameters become views without gradient that share the model's memory."""
+    for module in gm.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                module._parameters[name] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
+
+
+def refuse_nothing_quantized(gm: fx.GraphModule) -> None:
+    """Raise when no operation is quantized, saying for each candidate why not."""
+    reasons: dict[str, int] = {}
+    for region in regions(gm):
+        for node in region.graph.nodes:
+            found = record_of(node)
+            if found is not None and found.outcome == "quantized":
+                return
+            if found is not None and found.outcome == "float":
+                line = f"{found.op}: {found.reason}"
+                reasons[line] = reasons.get(line, 0) + 1
+    listing = "\n         ".join(f"{line} (x{count})" for line, count in reasons.items()) or "no operation is there"
+    raise ConfigError(
+        "nothing in this model can be quantized with this configuration",
+        where=listing,
+        hint="choose another preset (int8_static, int8_dynamic, int8_weight_only) or remove overrides",
+    )
+
+
+def refuse_left_in_float(gm: fx.GraphModule) -> None:
+    """Raise when an island of the catalogue was declined for any reason but the configuration's own."""
+    left = [
+        f"{found.module or node.name} ({found.op}): {found.reason}"
+        for region in regions(gm) for node in region.graph.nodes
+        if (found := record_of(node)) is not None and found.is_missed
+    ]  # fmt: skip
+    if left:
+        raise StrictError(
+            f"{len(left)} operations were left in float", where="\n         ".join(left),
+            hint="name them in config.keep_float(...) to accept that, or convert without strict=True",
+        )  # fmt: skip
+
+
+def constant_bytes(gm: fx.GraphModule) -> int:
+    """Bytes of all parameters and buffers, each counted once."""
+    tensors = {t.data_ptr(): t for t in [*gm.parameters(), *gm.buffers()] if t.layout == torch.strided}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -1,0 +1,100 @@
+"""Noticing that a weight changed, at a fraction of a microsecond a weight and without keeping the weight alive.
+
+Int8 kernels read packed copies, so a weight that changes after compilation must be packed again before the next
+call. :class:`WeightWatch` says which weights changed; what follows from that is its caller's business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLE_BYTES = 8
+
+_version: Callable[[Tensor], int] = attrgetter("_version")
+_address: Callable[[Tensor], int] = Tensor.data_ptr
+_value: Callable[[Any], int] = attrgetter("value")
+
+
+class WeightWatch:
+    """Remembers the state of some tensors and compares it with that of the tensors of a later call.
+
+    Noticed are in-place updates (the version counter), another tensor in the place of the old one and
+    ``weight.data = other`` (the address; that of a freed storage may be handed out again, so a free counts as a
+    change), and those writes behind autograd's back (``weight.data.copy_``, a NumPy view) that change the 8 bytes in
+    the middle of the weight. Inference tensors have no version counter: they are compared with a copy, all of them.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.remember(tensors)
+
+    def remember(self, tensors: Sequence[Tensor]) -> None:
+        """Take the present state of ``tensors`` as the one to compare with."""
+        freed: list[int] = []
+        storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+        self._storages = [weakref.ref(storage, _note(freed)) for storage in storages.values()]
+        self._freed = freed
+        self._copies = [tensor.clone() if tensor.is_inference() else None for tensor in tensors]
+        self._countable = not any(tensor.is_inference() for tensor in tensors)
+        self._versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        self._samples = [_sample(tensor) for tensor in tensors]
+        self._sampled = [sample.value for sample in self._samples]
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors were when they were remembered."""
+        return tuple(self._addresses)
+
+    @property
+    def freed(self) -> bool:
+        """Whether the memory of any of the tensors has been freed since."""
+        return bool(self._freed)
+
+    def unchanged(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``tensors``, in the order remembered, are and hold what they were and held then."""
+        if not self._countable:
+            return not self.changed(tensors)
+        try:
+            return (
+                not self._freed
+                and list(map(_version, tensors)) == self._versions
+                and list(map(_address, tensors)) == self._addresses  # before memory is read, so that it is alive
+                and list(map(_value, self._samples)) == self._sampled
+            )
+        except RuntimeError:  # an inference tensor took the place of an ordinary one; it has no version
+            return False
+
+    def changed(self, tensors: Sequence[Tensor]) -> list[int]:
+        """The positions of the tensors that changed, or may have."""
+        return [index for index, tensor in enumerate(tensors) if self._freed or self._differs(index, tensor)]
+
+    def _differs(self, index: int, tensor: Tensor) -> bool:
+        copy = self._copies[index]
+        if copy is not None:
+            return not (tensor.is_inference() and torch.equal(tensor, copy))
+        return (
+            tensor.is_inference()
+            or tensor._version != self._versions[index]
+            or tensor.data_ptr() != self._addresses[index]
+            or self._samples[index].value != self._sampled[index]
+        )
+
+
+def _note(freed: list[int]) -> Callable[[Any], None]:
+    return lambda _: freed.append(1)
+
+
+def _sample(tensor: Tensor) -> Any:
+    """The 8 bytes in the middle of a dense CPU tensor as a live ``.value``; a constant for other tensors."""
+    size = tensor.numel() * tensor.element_size()
+    dense = tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+    if tensor.device.type != "cpu" or not dense or size < SAMPLE_BYTES:
+        return ctypes.c_uint64(0)
+    return ctypes.c_uint64.from_address(tensor.data_ptr() + (size - SAMPLE_BYTES) // 2)

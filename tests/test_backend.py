@@ -1,0 +1,199 @@
+"""``torch.compile(model, backend="qpass")``: what it makes of converted, float and training models."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+
+import qpass
+from end_to_end.bound import bounds
+from qpass import presets
+from qpass.compiled import compiled_graphs
+from qpass.errors import InputError, StrictError
+from qpass.targets import x86
+
+DYNAMIC = presets.int8_dynamic("token", compute_dtype=None)
+STATIC = presets.int8_static(compute_dtype=None)
+
+
+class Mlp(nn.Module):
+    """[B, 32] -> [B, 8] through gelu and a layer norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(32, 64), nn.LayerNorm(64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(nn.functional.gelu(self.up(x))))
+
+
+def converted(model: nn.Module, x: Tensor, config: Any = STATIC) -> torch.fx.GraphModule:
+    prepared = qpass.prepare(model.eval(), (x,), config=config)
+    with torch.no_grad():
+        prepared(x)
+    return qpass.convert(prepared)
+
+
+def assert_obeys(compiled: Any, reference: torch.fx.GraphModule, x: Tensor) -> None:
+    """Everywhere within the bound that the q/dq reference sets to an exact lowering (see `end_to_end.bound`)."""
+    with torch.no_grad():
+        result = compiled(x)
+    (near,) = bounds(reference, (x,))
+    assert near.within(result)
+    assert near.radius.max() < 0.1 * near.wide.std()  # other weights, or a wrong scale, differ by the whole of it
+
+
+def kernels(compiled: Any) -> Counter[str]:
+    return Counter(row.kernel for row in qpass.report(compiled).rows if row.kernel)
+
+
+@pytest.fixture(autouse=True)
+def count_from_zero() -> None:
+    counters.clear()
+
+
+def compilations() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+# Converted models
+
+
+@pytest.mark.parametrize("backend", ["qpass", qpass.backend(inductor={"epilogue_fusion": True})], ids=["name", "value"])
+def test_a_converted_model_is_lowered(backend: Any) -> None:
+    x, before = torch.randn(16, 32), torch._inductor.config.get_config_copy()
+    quantized = converted(Mlp(), x)
+    compiled = torch.compile(quantized, backend=backend)
+    assert_obeys(compiled, quantized, torch.randn(16, 32))
+    assert torch._inductor.config.get_config_copy() == before
+    report = qpass.report(compiled)
+    assert report.stage == "lowered"
+    assert report.count("unaccounted") == 0
+    if not x86.missing():
+        assert kernels(compiled) == {"onednn.qlinear": 2}
+
+
+def test_the_report_of_what_was_not_compiled_yet() -> None:
+    with pytest.raises(InputError):
+        qpass.report(torch.compile(Mlp().eval(), backend="qpass"))
+
+
+def test_static_and_dynamic_activations_in_one_model() -> None:
+    """torch describes the scales of a token wrongly; a static quantize behind them used to stumble over that."""
+    x = torch.randn(16, 32)
+    model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    mixed = STATIC.override(module="0", activation=DYNAMIC.activation)
+    quantized = converted(model, x, mixed)
+    assert_obeys(torch.compile(quantized, backend="qpass"), quantized, torch.randn(16, 32))
+
+
+def test_sizes_of_the_batch_share_a_compilation() -> None:
+    x = torch.randn(4, 32)
+    quantized = converted(Mlp(), x)
+    compiled = torch.compile(quantized, backend="qpass")
+    for size in (4, 7, 5, 9, 32):
+        assert_obeys(compiled, quantized, torch.randn(size, 32))
+    assert compilations() == 2  # Dynamo takes the first size for fixed, and learns from the second
+    counters.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(quantized, backend="qpass", dynamic=True)
+    for size in (3, 6):
+        assert_obeys(compiled, quantized, torch.randn(size, 32))
+    assert compilations() == 1
+
+
+def test_other_codes_loaded_into_a_converted_model() -> None:
+    x = torch.randn(16, 32)
+    quantized, other = converted(Mlp(), x, DYNAMIC), converted(Mlp(), x, DYNAMIC)
+    compiled = torch.compile(quantized, backend="qpass")
+    assert_obeys(compiled, quantized, x)
+    quantized.load_state_dict(other.state_dict())
+    assert_obeys(compiled, other, x)
+    assert compilations() == 1
+
+
+# Float models
+
+
+def test_a_float_model_is_quantized_dynamically_and_follows_its_weights() -> None:
+    model, x = Mlp().eval(), torch.randn(16, 32)
+    compiled = torch.compile(model, backend="qpass", options={"config": DYNAMIC})
+    assert_obeys(compiled, converted(model, x, DYNAMIC), x)
+    if not x86.missing():
+        assert kernels(compiled) == {"onednn.qlinear (per token)": 2}
+
+    model.load_state_dict(Mlp().state_dict())
+    assert_obeys(compiled, converted(model, x, DYNAMIC), x)
+    with torch.no_grad():
+        model.up.weight.mul_(-1.5)
+        model.down.bias.add_(1)
+    assert_obeys(compiled, converted(model, x, DYNAMIC), x)
+    torch.optim.SGD(model.parameters(), 1.0).step(lambda: model(x).square().sum().backward())
+    assert_obeys(compiled, converted(model, x, DYNAMIC), x)
+    assert compilations() == 1
+    model.up.weight = nn.Parameter(torch.randn(64, 32))
+    assert_obeys(compiled, converted(model, x, DYNAMIC), x)
+
+
+def test_the_default_is_int8_dynamic() -> None:
+    model, x = Mlp().eval(), torch.randn(16, 32)
+    assert qpass.backend() == qpass.backend("int8_dynamic") == qpass.backend(presets.int8_dynamic())
+    assert hash(qpass.backend()) == hash(qpass.backend("int8_dynamic"))
+    with torch.inference_mode():
+        result = torch.compile(model, backend="qpass")(x)
+        reference = converted(model, x, "int8_dynamic")
+    (near,) = bounds(reference, (x,))
+    assert near.within(result.clone())
+
+
+def test_parts_of_a_model_that_breaks_the_graph() -> None:
+    class Broken(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.up(x)
+            torch._dynamo.graph_break()
+            return self.down(x)
+
+    model, x = Broken().eval(), torch.randn(16, 32)
+    compiled = torch.compile(model, backend=qpass.backend(DYNAMIC.keep_float(module="down")))
+    with torch.no_grad(), pytest.warns(UserWarning, match="qpass left a compiled graph in float: nothing in this"):
+        result = compiled(x)
+    up = converted(model.up, x, DYNAMIC)
+    with torch.no_grad():
+        # the int8 product and its float32 reference differ by the order of 32 sums, and `down` adds 64 such differences
+        torch.testing.assert_close(result, model.down(up(x)), rtol=0, atol=1e-5)
+    report = qpass.report(compiled)
+    assert report.graphs == 2
+    assert report.count("lowered" if not x86.missing() else "quantized") == 1
+    assert report.count("float") == 1
+
+
+def test_strict_refuses_a_graph_with_nothing_to_quantize() -> None:
+    compiled = torch.compile(lambda x: torch.softmax(x, -1), backend=qpass.backend(strict=True))
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed) as raised:
+        compiled(torch.randn(4, 8))
+    assert type(raised.value.inner_exception) is StrictError
+    assert str(raised.value.inner_exception).startswith("nothing in this model can be quantized")
+
+
+# Training
+
+
+def test_training_is_computed_as_inductor_computes_it() -> None:
+    model, x = Mlp().train(), torch.randn(16, 32)
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        torch.compile(model, backend="qpass")(x).square().sum().backward()
+    assert compiled_graphs(model) == []  # nothing was quantized
+    torch.compile(twin, backend="inductor")(x).square().sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert ours.grad is not None, name
+        assert torch.equal(ours.grad, theirs.grad), name

@@ -1,0 +1,283 @@
+"""The house keeps its own rules: floors, names, sizes, the list of packages, the wheel a user gets, and its types."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import copy, copytree, ignore_patterns
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+# A file imports only from lower floors (earlier rows), from names left of its own in its row, and from its own folder.
+FLOORS = (
+    ("errors", "numerics", "ops"),
+    ("spec", "observer", "fake_quantize", "config", "presets"),
+    ("graph",),
+    ("rewrite",),
+    ("targets", "patterns"),
+    ("passes", "comm"),
+    (
+        "pipeline", "opaque", "capture_errors", "capture_dynamo", "capture", "watch", "refresh", "compiled", "inductor",
+        "stages", "lower",
+    ),
+    ("inspect",),
+    ("api", "io", "backend", "compat"),
+    ("__init__", "__main__"),  # the doors: `import qpass`, `python -m qpass`
+)
+ORDER = [unit for floor in FLOORS for unit in floor]
+WAYS_BACK = {("spec", "observer")}  # an observer is built on a spec, and a spec makes its observer
+
+OPTIONAL = ("matplotlib", "nncf", "onnx", "onnxruntime", "openvino", "rich", "sklearn", "torchao", "transformers")
+
+# What the text of a public library has no business saying. The brackets keep these lines from matching themselves.
+FORBIDDEN = {
+    "an issue by its number": r"(?<![\w&])[#]\d{1,2}\b|\bissue \d+\b",
+    "a path of one machine": r"(?<![\w.])/(?:work|root|home)/|/tmp[/]\w",
+    "how the work was organised": r"(?i)\b(?:this|a|the|our|each|next|last|another) session[s]?\b|\bworkplac[e]\b",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, for every Python file that is installed."""
+    found = {}
+    for folder, package in ((ROOT / "qpass", "qpass"), (ROOT / "patterns", "qpass.patterns")):
+        for file in sorted(folder.rglob("*.py")):
+            parts = file.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = file
+    return found
+
+
+MODULES = modules()
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def relative(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+# Floors
+
+
+def unit_of(module: str) -> str:
+    """The part of the house a dotted name belongs to: `qpass.graph.edit` -> `graph`, `qpass` -> `__init__`."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Line and unit of every import of qpass in `source`, wherever it stands: in a function or for types only, too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".") if is_package else module.split(".")[:-1]
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join(base + ([node.module] if node.module else []))
+            names = [f"qpass.{alias.name}" for alias in node.names] if origin == "qpass" else [origin]
+        else:
+            continue
+        units = [unit_of(name) for name in names if name.split(".")[0] == "qpass"]
+        yield from ((node.lineno, unit if unit in ORDER else "__init__") for unit in units)
+
+
+def imports_from_above(source: str, module: str, is_package: bool = False) -> list[str]:
+    own = unit_of(module)
+    return [
+        f"{module}:{line} imports {unit}"
+        for line, unit in imported(source, module, is_package)
+        if ORDER.index(unit) > ORDER.index(own) and (own, unit) not in WAYS_BACK
+    ]
+
+
+def test_every_module_stands_on_a_floor() -> None:
+    assert {unit_of(name) for name in MODULES} <= set(ORDER)
+
+
+def test_imports_point_down_only() -> None:
+    files = [(file.read_text(), name, file.stem == "__init__") for name, file in MODULES.items()]
+    assert [problem for file in files for problem in imports_from_above(*file)] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "expected"),
+    [
+        ("qpass.graph.edit", "from qpass.passes.annotate import x", ["qpass.graph.edit:1 imports passes"]),
+        ("qpass.graph.edit", "from .. import passes", ["qpass.graph.edit:1 imports passes"]),
+        ("qpass.graph.edit", "from qpass import errors, prepare", ["qpass.graph.edit:1 imports __init__"]),
+        ("qpass.ops.comm", "def f():\n    import qpass.spec", ["qpass.ops.comm:2 imports spec"]),
+        ("qpass.patterns.linear", "from qpass.targets import x86", []),
+        ("qpass.targets.x86", "from qpass.patterns import linear", ["qpass.targets.x86:1 imports patterns"]),
+        ("qpass.graph.edit", "from .text import show\nfrom qpass.errors import near\nimport torch", []),
+    ],
+)
+def test_an_import_from_above_is_seen(module: str, source: str, expected: list[str]) -> None:
+    assert imports_from_above(source, module) == expected
+
+
+# Names, sizes, words
+
+
+def test_the_door_holds_no_logic() -> None:
+    body = ast.parse((ROOT / "qpass" / "__init__.py").read_text()).body
+    assert [type(node) for node in body[1:] if not isinstance(node, ast.Import | ast.ImportFrom | ast.Assign)] == []
+
+
+def test_no_file_is_named_for_having_no_idea() -> None:
+    vague = {"utils", "util", "helpers", "helper", "misc", "common"}
+    assert [relative(file) for file in [*MODULES.values(), *TESTS] if vague & set(file.with_suffix("").parts)] == []
+
+
+def test_files_are_short() -> None:
+    """A test file may be longer: it lists the cases of one subject, and cases have little to do with each other."""
+    for files, most in ((MODULES.values(), 300), (TESTS, 400)):
+        lines = {relative(file): len(file.read_text().splitlines()) for file in files}
+        assert {name: count for name, count in lines.items() if count > most} == {}
+
+
+def test_no_folder_of_tests_hides_a_module() -> None:
+    """`tests/` is on the path: with an `__init__.py`, `tests/inspect/` would be what `import inspect` finds."""
+    packages = {file.parent.name for file in TESTS if file.name == "__init__.py"}
+    assert packages <= {"models", "benchmarks"}
+
+
+def frozen_dataclasses(source: str) -> list[str]:
+    """Names of the classes of `source` that are decorated `@dataclass(frozen=True)` and have a method `run`."""
+    return [
+        node.name
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef)
+        and any("dataclass" in (text := ast.unparse(d)) and "frozen=True" in text for d in node.decorator_list)
+        and any(isinstance(method, ast.FunctionDef) and method.name == "run" for method in node.body)
+    ]
+
+
+def test_a_pass_file_is_named_by_its_pass() -> None:
+    passes = {name.split(".")[-1]: file for name, file in MODULES.items() if name.startswith("qpass.passes.")}
+    del passes["frame"]  # what every pass is
+    found = {
+        stem: [re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower() for name in frozen_dataclasses(file.read_text())]
+        for stem, file in passes.items()
+    }
+    assert found == {stem: [stem] for stem in passes}
+
+
+def texts() -> Iterator[Path]:
+    folders = (ROOT / name for name in ("qpass", "patterns", "tests", "examples", ".ci"))
+    yield from (file for file in ROOT.iterdir() if file.suffix in (".md", ".toml", ".txt"))
+    for folder in folders:
+        yield from (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_the_text_speaks_to_its_reader(what: str) -> None:
+    found = [
+        f"{relative(file)}:{number}: {line.strip()[:100]}"
+        for file in texts()
+        for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1)
+        if re.search(FORBIDDEN[what], line)
+    ]
+    assert found == []
+
+
+# What is installed
+
+
+def test_the_list_of_packages_is_the_folders() -> None:
+    folders = {name if file.stem == "__init__" else name.rpartition(".")[0] for name, file in MODULES.items()}
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(folders)
+    assert sorted(name for name in folders if MODULES.get(name, Path()).stem != "__init__") == []
+
+
+def test_the_version_is_said_once_and_the_same() -> None:
+    import qpass
+
+    assert qpass.__version__ == PROJECT["project"]["version"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of the sources, built away from the repository: a `build/` left there would lend the wheel its files."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        copy(ROOT / name, source)
+    for name in ("qpass", "patterns"):
+        copytree(ROOT / name, source / name, ignore=ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def run_elsewhere(cwd: Path, *command: str, path: Path | None = None) -> str:
+    """Standard output of `python COMMAND` in folder `cwd`, with `path` as its PYTHONPATH or none at all."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PYTHONPATH": str(path)} if path else {}
+    ran = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def test_the_wheel_holds_every_module(wheel: Path) -> None:
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    stems = [name.replace(".", "/") + "/__init__" * (file.stem == "__init__") for name, file in MODULES.items()]
+    assert held == {f"{stem}.py" for stem in stems} | {"qpass/py.typed"}
+
+
+def test_the_wheel_imports_from_another_folder_without_extras(unpacked: Path, tmp_path: Path) -> None:
+    script = f"""
+import importlib, json, sys
+sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # importing one of them raises
+files = {{name: importlib.import_module(name).__file__ for name in {sorted(MODULES)!r}}}
+import torch
+assert not torch.distributed.is_initialized()
+print(json.dumps(files))
+"""
+    files = json.loads(run_elsewhere(tmp_path, "-c", script, path=unpacked).splitlines()[-1])
+    assert [name for name, file in files.items() if not Path(file).is_relative_to(unpacked)] == []
+
+
+def test_the_wheel_is_typed_with_the_catalogue_in_its_place(unpacked: Path, tmp_path: Path) -> None:
+    """In the repository mypy reads `patterns/` under that name; only here does it see `qpass.patterns`, as users do."""
+    options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(tmp_path), "--no-warn-unused-ignores"]
+    run_elsewhere(unpacked, "-m", "mypy", *options, "--package", "qpass")
+
+
+def test_torch_finds_the_backend_without_importing_qpass(tmp_path: Path) -> None:
+    script = """
+import sys, torch
+assert "qpass" in torch._dynamo.list_backends()
+assert "qpass" not in sys.modules
+assert callable(torch._dynamo.lookup_backend("qpass"))
+"""
+    run_elsewhere(tmp_path, "-c", script)
+
+
+@pytest.mark.parametrize("name", ["patterns", "rules.patterns"])
+def test_the_catalogue_refuses_another_name(name: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "patterns" / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError) as refused:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert str(refused.value) == (
+        f"the pattern catalogue is the package 'qpass.patterns', but it was imported as {name!r}\n"
+        "  to do: write 'import qpass.patterns'; if that fails, install qpass (pip install -e .)"
+    )

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import qpass
+from interpret import operators
+from qpass.capture import capture
+from qpass.errors import ConvertError, VerifyError
+from qpass.graph.edit import copy_graph_module, rebuild
+from qpass.graph.record import Stage, graph_record
+from qpass.graph.text import target_name
+from qpass.graph.verify import verify
+from qpass.lower import pipeline
+from qpass.passes.frame import Pass
+from qpass.pipeline import PassRun, Pipeline
+from road import STATIC, Do, road
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class DropNegatives(Pass):
+    """``neg(x)  ->  x``, which is wrong, but easy to see"""
+
+    calls: list[str] = field(default_factory=list, compare=False)
+
+    def requires(self, gm: fx.GraphModule) -> None:
+        self.calls.append("requires")
+
+    def run(self, gm: fx.GraphModule) -> int:
+        self.calls.append("run")
+        found = gm.graph.find_nodes(op="call_function", target=aten.neg.default)
+        for node in found:
+            node.replace_all_uses_with(node.args[0])
+        return len(found)
+
+    def ensures(self, gm: fx.GraphModule) -> None:
+        self.calls.append(f"ensures, {len(gm.graph.find_nodes(op='call_function', target=aten.neg.default))} left")
+
+
+@dataclass(frozen=True)
+class ForgetVals(Pass):
+    def run(self, gm: fx.GraphModule) -> int:
+        for node in gm.graph.nodes:
+            node.meta.pop("val", None)
+        return 1
+
+
+def captured() -> fx.GraphModule:
+    return capture(Do(lambda m, x: torch.sin(-torch.cos(-x))), (torch.randn(3, 4),))
+
+
+def test_passes_run_in_order_and_say_what_they_did() -> None:
+    gm, first, second = captured(), DropNegatives(), DropNegatives()
+    runs = Pipeline("captured", (first, second)).run(gm)
+    assert [(run.name, run.changes) for run in runs] == [("drop_negatives", 2), ("drop_negatives", 0)]
+    assert all(run.seconds >= 0 for run in runs)
+    assert first.calls == second.calls == ["requires", "run", "ensures, 0 left"]  # dead code is gone by then
+    assert operators(gm).splitlines()[1:] == ["cos = cos(inputs_0)", "sin = sin(cos)", "return [sin]"]
+    x = torch.randn(3, 4)
+    assert torch.equal(rebuild(gm)(x), torch.sin(torch.cos(x)))
+
+
+def test_who_looks_between_sees_each_pass_finished() -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def look(gm: fx.GraphModule, run: PassRun) -> None:
+        seen.append((run.name, run.changes, len(gm.graph.find_nodes(op="call_function", target=aten.neg.default))))
+
+    Pipeline("captured", (DropNegatives(), DropNegatives())).run(captured(), between=(look,))
+    assert seen == [("drop_negatives", 2, 0), ("drop_negatives", 0, 0)]
+
+
+def test_regions_are_passed_over_too() -> None:
+    model = Do(lambda m, x: torch.cond(x.sum() > 0, lambda y: torch.exp(-y), lambda y: torch.sin(-y), (-x,)))
+    gm, step = capture(model, (torch.randn(3, 4),)), DropNegatives()
+    (run,) = Pipeline("captured", (step,)).run(gm)
+    assert (run.changes, step.calls.count("run")) == (3, 3)
+    assert operators(gm.true_graph_0).splitlines()[1:] == ["exp = exp(neg)", "return [exp]"]
+    gm, x = rebuild(gm), torch.ones(3, 4)
+    assert torch.equal(gm(x), torch.exp(x))
+    assert torch.equal(gm(-x), torch.sin(-x))
+
+
+def test_the_result_is_at_its_stage_and_verified() -> None:
+    gm = captured()
+    Pipeline("quantized", ()).run(gm)
+    assert graph_record(gm).stage == "quantized"
+    with pytest.raises(VerifyError, match="has no meta"):
+        Pipeline("captured", (ForgetVals(),)).run(captured())
+
+
+def test_verification_between_passes_is_one_callback_and_names_the_pass() -> None:
+    def check(gm: fx.GraphModule, run: PassRun) -> None:
+        try:
+            verify(gm, "captured")
+        except VerifyError as error:
+            raise AssertionError(run.name) from error
+
+    with pytest.raises(AssertionError, match="forget_vals"):
+        Pipeline("captured", (DropNegatives(), ForgetVals(), DropNegatives())).run(captured(), between=(check,))
+
+
+def test_a_pass_that_cannot_run_stops_the_pipeline_before_it_changes_anything() -> None:
+    class Refuses(DropNegatives):
+        def requires(self, gm: fx.GraphModule) -> None:
+            raise ConvertError("it will not")
+
+    gm = captured()
+    before = operators(gm)
+    with pytest.raises(ConvertError, match="it will not"):
+        Pipeline("captured", (Refuses(),)).run(gm)
+    assert operators(gm) == before
+
+
+def test_each_pass_is_logged_with_its_count_and_time(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="qpass.pipeline"):
+        Pipeline("captured", (DropNegatives(),)).run(captured())
+    messages = [record.getMessage() for record in caplog.records if record.name == "qpass.pipeline"]
+    assert [message.partition(" in ")[0] for message in messages] == ["drop_negatives: 2 changes"]
+
+
+MODELS: dict[str, tuple[nn.Module, Tensor]] = {
+    "linears": (
+        Do(lambda m, x: m.c(torch.relu(m.a(x)) + m.b(x)), **{name: nn.Linear(8, 8) for name in "abc"}),
+        torch.randn(3, 8),
+    ),
+    "convolutions": (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        torch.randn(2, 3, 8, 8),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_real_passes_leave_a_valid_graph_each(name: str) -> None:
+    """Verified between all of them; the graph computes what the quantized one computes after each."""
+    model, x = MODELS[name]
+    quantized = road(model, x).quantized
+    expected = quantized(x)
+    stages: list[tuple[str, Stage]] = []
+
+    def check(gm: fx.GraphModule, run: PassRun) -> None:
+        verify(gm, "lowered")
+        gm.recompile()
+        # Sums of at most 36 products of values below 4, in another order: 36 * 2**-24 * 64.
+        torch.testing.assert_close(gm(x), expected, atol=2e-4, rtol=0)
+        stages.append((run.name, graph_record(gm).stage))
+
+    copy = copy_graph_module(quantized)
+    pipeline("x86").run(copy, between=(check,))
+    assert [step for step, _ in stages] == ["carry_codes", "merge_siblings", "lower_islands", "fold_constants"]
+    assert {stage for _, stage in stages} == {"quantized"}  # the stage is reached when all have run
+    assert graph_record(copy).stage == "lowered"
+    assert operators(copy) == operators(qpass.lower(quantized))
+    assert not any(target_name(node).startswith("conv") for node in copy.graph.nodes)
+
+
+def test_a_road_ends_where_it_says() -> None:
+    r = road(nn.Linear(4, 4), torch.randn(3, 4), config=STATIC)
+    assert [graph_record(gm).stage for gm in r[:3]] == ["prepared", "quantized", "lowered"]
