@@ -86,7 +86,8 @@ def quantize(
     values = torch.round(x.to(compute) * _inverse(scale, compute))
     if is_wide(dtype):
         values = values.to(torch.float64)
-    return saturate(values + _as(zero_point, values.dtype), quant_min, quant_max, dtype)
+    values = values + _as(zero_point, values.dtype)  # under Dynamo, a call keeps its arguments and what they were made of alive
+    return saturate(values, quant_min, quant_max, dtype)
 
 
 def saturate(values: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype) -> Tensor:
