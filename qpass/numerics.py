@@ -86,7 +86,7 @@ def quantize(
     values = torch.round(x.to(compute) * _inverse(scale, compute))
     if is_wide(dtype):
         values = values.to(torch.float64)
-    values = values + _as(zero_point, values.dtype)  # under Dynamo, a call keeps its arguments and what they were made of alive
+    values = values + _as(zero_point, values.dtype)  # named: under Dynamo a call keeps all that stood in it alive
     return saturate(values, quant_min, quant_max, dtype)
 
 
