@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from qpass import presets
 from qpass.capture import FirstBatch, capture
 from qpass.capture_errors import refuse_model
+from qpass.capture_training import capture_training, in_modes_of
 from qpass.config import Config
 from qpass.errors import ConvertError, InputError
 from qpass.graph.verify import OBSERVER_PREFIX
@@ -30,9 +31,12 @@ def prepare(
 ) -> fx.GraphModule | FirstBatch:
     """Capture ``model`` and put observers where ``config`` and the catalogue say; nothing is rounded yet.
 
+    With a config for training (``int8_qat``) they are fake-quantize modules: they round, the gradient passes straight
+    through, and the result is trained. It follows ``.train()`` and ``.eval()`` as the model does: dropout, batch norm.
+
     Args:
         model: an ``nn.Module``, an ``ExportedProgram`` or a captured ``GraphModule``. It is not edited, and its weights
-            are shared, not copied.
+            are shared, not copied; for training they are copied, so that the model keeps its own.
         example_inputs: positional example inputs; without them the model is captured at the first batch it sees.
         kwargs: keyword example inputs.
         config: a :class:`Config`, a preset's name, or None for ``int8_static``.
@@ -41,7 +45,8 @@ def prepare(
         target: the target whose kernels decide what is worth quantizing.
 
     Returns:
-        A module that computes what ``model`` computes, bit for bit, and observes ranges meanwhile.
+        A module that computes what ``model`` computes, bit for bit, and observes ranges meanwhile. For training: one
+        that does so while fake-quantize is disabled, in the mode (training or evaluation) that the model is in.
 
     Raises:
         CaptureError, ConfigError, InputError
@@ -53,14 +58,17 @@ def prepare(
             hint="pass the model itself",
         )
 
-    def build(captured: fx.GraphModule) -> fx.GraphModule:
-        return prepare_graph(captured, chosen, target)
+    def build(model: Any, inputs: Any, kwargs: Any) -> fx.GraphModule:
+        if not chosen.trains:
+            return prepare_graph(capture(model, inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes), chosen, target)
+        captured = capture_training(model, inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
+        return in_modes_of(model, prepare_graph(captured, chosen, target))
 
     no_inputs = example_inputs is None and kwargs is None
     if no_inputs and isinstance(model, torch.nn.Module) and not isinstance(model, fx.GraphModule):
         refuse_model(model)
-        return FirstBatch(model, lambda m, a, k: build(capture(m, a, kwargs=k, dynamic_shapes=dynamic_shapes)))
-    return build(capture(model, example_inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes))
+        return FirstBatch(model, build)
+    return build(model, example_inputs, kwargs)
 
 
 def calibrate(prepared: torch.nn.Module, batches: Iterable[Any], *, progress: bool | None = None) -> torch.nn.Module:

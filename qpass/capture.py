@@ -9,17 +9,17 @@ operators in the same order, the first holds for every batch; where not, size 1 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, export
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from qpass.capture_errors import explain, refuse_graph, refuse_model
-from qpass.errors import CaptureError, InputError
+from qpass.errors import CaptureError
+from qpass.example_inputs import example_of, fresh_tensors, resize_batch, tensors_of
 from qpass.graph.edit import copy_graph_module, owner_of
 from qpass.graph.guard import guard_inputs, symbol_of
 from qpass.graph.normalize import normalize
@@ -38,6 +38,7 @@ def capture(
     *,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    amend: Callable[[fx.GraphModule], None] | None = None,
 ) -> fx.GraphModule:
     """The normalised graph of ``model``, at stage "captured"; called like the model, it returns the same, bit for bit.
 
@@ -63,6 +64,8 @@ def capture(
         traced = _trace(model, example_inputs, kwargs, dynamic_shapes)
         if not traced.guarded:
             guard_inputs(traced.gm, traced.ranges, traced.excluded)
+        if amend is not None:
+            amend(traced.gm)
         gm = normalize(traced.gm, _module_types(model))
     if not isinstance(model, ExportedProgram):
         type(gm).__name__ = type(model).__name__  # a GraphModule has a class of its own
@@ -141,23 +144,23 @@ def _trace(model: nn.Module | ExportedProgram, example_inputs: Any, kwargs: Any,
             gm.graph.erase_node(guards)
         ranges = getattr(model, "range_constraints", None) or {}  # ExportedProgram.module() carries them
         return _Traced(_stateless_constants(gm), ranges, guarded=CAPTURE_KEY in model.meta)
-    args, keywords = _example(example_inputs, kwargs, model)
+    args, keywords = example_of(example_inputs, kwargs, model)
     if not isinstance(dynamic_shapes, ShapesCollection):  # which knows tensors by identity
-        args, keywords = _fresh((args, keywords))
+        args, keywords = fresh_tensors((args, keywords))
     if dynamic_shapes is not None:
-        return _from_program(_export(model, args, keywords, dynamic_shapes))
+        return _from_program(export_model(model, args, keywords, dynamic_shapes))
     return _with_dynamic_batch(model, args, keywords)
 
 
 def _with_dynamic_batch(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> _Traced:
-    batch = next((x.shape[0] for x in _tensors((args, keywords)) if x.dim()), None)
+    batch = next((x.shape[0] for x in tensors_of((args, keywords)) if x.dim()), None)
     if batch is None:
-        return _from_program(_export(model, args, keywords, None))
-    several, more = _resize((args, keywords), batch, 2) if batch == 1 else _fresh((args, keywords))
+        return _from_program(export_model(model, args, keywords, None))
+    several, more = resize_batch((args, keywords), batch, 2) if batch == 1 else fresh_tensors((args, keywords))
     try:
-        program = _export(model, several, more, _batch_shapes((several, more)))
+        program = export_model(model, several, more, _batch_shapes((several, more)))
     except CaptureError as error:
-        traced = _from_program(_export(model, args, keywords, None))
+        traced = _from_program(export_model(model, args, keywords, None))
         traced.notes.append(f"the batch size is fixed to {batch}: {error.what}")
         return traced
     symbol = _batch_symbol(program)
@@ -165,11 +168,11 @@ def _with_dynamic_batch(model: nn.Module, args: tuple[Any, ...], keywords: dict[
         traced = _from_program(program)
         traced.notes.append(f"the batch size is fixed to {batch}: the model's code holds for no other")
         return traced
-    one, reason = _export_one(model, *_resize((args, keywords), batch, 1))
+    one, reason = _export_one(model, *resize_batch((args, keywords), batch, 1))
     if symbol is not None and one is not None and same_operators(program.graph_module, one.graph_module):
         return _from_program(program)
     if batch == 1:
-        traced = _from_program(one or _export(model, args, keywords, None))
+        traced = _from_program(one or export_model(model, args, keywords, None))
         traced.notes.append("the batch size is fixed to 1: the model takes another path for other sizes")
         return traced
     traced = _from_program(program)
@@ -191,7 +194,9 @@ def _stateless_constants(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+def export_model(
+    model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
     """``torch.export.export`` without gradients, and with errors that name the user's line."""
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -203,66 +208,14 @@ def _export(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], d
 def _export_one(model: nn.Module, args: Any, keywords: Any) -> tuple[ExportedProgram | None, str]:
     """The export at a batch of 1, or None and the reason why there is none."""
     try:
-        return _export(model, args, keywords, None), ""
+        return export_model(model, args, keywords, None), ""
     except CaptureError as error:
         return None, error.what
 
 
-# ---- example inputs
-
-
-def _example(example_inputs: Any, kwargs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if example_inputs is None and kwargs is None:
-        raise InputError(
-            f"{type(model).__name__} can be captured only with example inputs",
-            hint="pass example_inputs=(x,), the positional inputs of one call",
-        )
-    keywords = dict(kwargs or {})
-    if isinstance(example_inputs, Mapping):
-        return (), {**example_inputs, **keywords}
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), keywords
-    if isinstance(example_inputs, (tuple, list)) or example_inputs is None:
-        return tuple(example_inputs or ()), keywords
-    raise InputError(
-        f"example_inputs is a tuple of positional inputs, one tensor or a dict, not {type(example_inputs).__name__}",
-        hint="pass example_inputs=(x,)",
-    )
-
-
-def _fresh(inputs: tuple[Any, Any]) -> tuple[Any, Any]:
-    """The inputs as tensor objects of our own: export marks the objects it is given as dynamic, for good.
-
-    A repeated tensor is copied, since torch would take ``f(x, x)`` for a function of one input.
-    """
-    seen: set[int] = set()
-
-    def fresh(x: Tensor) -> Tensor:
-        repeated = id(x) in seen
-        seen.add(id(x))
-        return x.detach().clone() if repeated else x.data
-
-    return tree_map_only(Tensor, fresh, inputs)
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
-
-
-def _resize(inputs: tuple[Any, Any], batch: int, size: int) -> tuple[Any, Any]:
-    """The inputs with a batch of ``size``: tensors of ``batch`` rows are cut, or their one row is repeated."""
-
-    def resize(x: Tensor) -> Tensor:
-        if not x.dim() or x.shape[0] != batch:
-            return x
-        return x[:size] if size <= batch else torch.cat([x] * size)
-
-    return tree_map_only(Tensor, resize, inputs)
-
-
 def _batch_shapes(inputs: tuple[Any, Any]) -> ShapesCollection:
     shapes = ShapesCollection()
-    for x in _tensors(inputs):
+    for x in tensors_of(inputs):
         if x.dim():
             shapes[x] = {0: Dim.AUTO}
     return shapes

@@ -20,6 +20,7 @@ from qpass.graph.record import GRAPH_KEY, GraphRecord
 from qpass.graph.regions import regions
 from qpass.graph.source import is_user_file, where
 from qpass.graph.text import target_name
+from qpass.modes import BY_MODE
 
 _QPASS = os.path.dirname(__file__) + os.sep
 
@@ -104,6 +105,8 @@ def refuse_graph(gm: fx.GraphModule) -> None:
 
 
 def _trains(node: fx.Node) -> bool:
+    if BY_MODE in node.meta:
+        return False
     values = {entry.name: value for entry, value in all_arguments(node)}
     if values.get("running_mean") is not None:  # a norm that would update its statistics
         return any(values.get(flag) is True for flag in ("training", "train", "use_input_stats"))

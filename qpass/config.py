@@ -11,6 +11,7 @@ from typing import Final, Literal
 import torch
 
 from qpass.errors import ConfigError, near
+from qpass.fake_quantize import FakeQuantizeBase
 from qpass.spec import QuantizationSpec
 
 
@@ -111,6 +112,13 @@ class Config:
         for override in self.overrides:
             if not isinstance(override, Override):
                 raise ConfigError(f"Config overrides must be Override objects, not {override!r}.")
+
+    @property
+    def trains(self) -> bool:
+        """Whether some spec rounds while the model is trained: its observer is a fake-quantize module."""
+        specs = [self.activation, self.weight]
+        specs += [spec for one in self.overrides for spec in (one.activation, one.weight) if spec is not INHERIT]
+        return any(spec is not None and isinstance(spec.make_observer(), FakeQuantizeBase) for spec in specs)
 
     def override(
         self,

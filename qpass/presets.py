@@ -9,6 +9,8 @@ import torch
 
 from qpass.config import ComputeDtype, Config
 from qpass.errors import ConfigError, InputError, near
+from qpass.fake_quantize import FakeQuantize
+from qpass.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
 from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
 
 
@@ -47,10 +49,37 @@ def int8_weight_only(*, group_size: int | None = None, compute_dtype: ComputeDty
     return Config(weight=_int8_weight(group_size), compute_dtype=compute_dtype)
 
 
+def int8_qat(*, weight_bits: int = 8, activation_bits: int = 8, compute_dtype: ComputeDtype = "auto") -> Config:
+    """`int8_static` for a model that is trained further: values are rounded in training, and the weights adapt to it.
+
+    Activations: affine, per tensor, range by moving average. Weights: symmetric, per output channel, their range at
+    each step. Codes of fewer than 8 bits are stored in 8.
+
+    Args:
+        weight_bits, activation_bits: 2 to 8.
+    """
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+        if bits not in range(2, 9):
+            raise ConfigError(f"int8_qat takes {name} from 2 to 8, not {bits!r}.", hint="codes are stored in int8")
+    largest = 2 ** (weight_bits - 1) - 1
+    return Config(
+        activation=QuantizationSpec(
+            torch.uint8, PerTensor(), symmetric=False, quant_min=0, quant_max=2**activation_bits - 1,
+            observer=FakeQuantize.with_args(observer=MovingAverageMinMaxObserver),
+        ),
+        weight=QuantizationSpec(
+            torch.int8, PerChannel(0), symmetric=True, quant_min=-largest, quant_max=largest,
+            observer=FakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0),
+        ),
+        compute_dtype=compute_dtype,
+    )  # fmt: skip
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "int8_static": int8_static,
     "int8_dynamic": int8_dynamic,
     "int8_weight_only": int8_weight_only,
+    "int8_qat": int8_qat,
 }
 
 

@@ -7,24 +7,29 @@ from torch import fx
 
 from qpass.config import Config, resolve_compute_dtype, unmatched
 from qpass.errors import ConfigError, ConvertError, StrictError
-from qpass.graph.edit import copy_graph_module, rebuild
+from qpass.fake_quantize import FakeQuantizeBase
+from qpass.graph.edit import copy_graph_module, get_constant, own_tensors, rebuild
 from qpass.graph.record import graph_record, record_of
 from qpass.graph.regions import regions
+from qpass.modes import FoldedWeight, FoldFactor
 from qpass.passes.annotate import Annotate
 from qpass.passes.assign_compute_dtype import AssignComputeDtype
 from qpass.passes.cast_compute_dtype import CastComputeDtype
 from qpass.passes.expand_attention import ExpandAttention
 from qpass.passes.fold_batch_norm import FoldBatchNorm
 from qpass.passes.fold_constants import FoldConstants
+from qpass.passes.insert_modes import InsertModes
 from qpass.passes.insert_observers import InsertObservers
 from qpass.passes.lower_observers import LowerObservers
+from qpass.passes.remove_modes import RemoveModes
+from qpass.passes.set_dropout_aside import SetDropoutAside
 from qpass.pipeline import Pipeline
 from qpass.targets import registry
 
 
 def prepare_graph(captured: fx.GraphModule, config: Config, target: str, partial: bool = False) -> fx.GraphModule:
-    """A prepared copy of a captured graph; weights are shared. ``partial``: the graph may be a part of a model, whose
-    other parts the overrides may mean.
+    """A prepared copy of a captured graph; weights are shared, unless they are to be trained. ``partial``: the graph
+    may be a part of a model, whose other parts the overrides may mean.
 
     Raises:
         ConfigError: an override matches nothing, the target is unknown, or nothing can be quantized.
@@ -38,13 +43,34 @@ def prepare_graph(captured: fx.GraphModule, config: Config, target: str, partial
     dtype = resolve_compute_dtype(config)
     expands = registry.get(target).attention_by_matmul()
     casts = () if dtype is None else (AssignComputeDtype(dtype, expands),)
-    Pipeline("prepared", (annotate, *casts, InsertObservers())).run(gm)
+    passes = (SetDropoutAside(), annotate, *casts, InsertObservers(), InsertModes())
+    Pipeline("prepared", passes).run(gm)
     seen = annotate.seen
     fault = unmatched(config, seen.overrides, seen.paths, seen.ops, seen.paths.values())
     if fault is not None and not partial:
         raise fault
     refuse_nothing_quantized(gm)
-    return rebuild(gm)
+    gm = rebuild(gm)
+    if config.trains:
+        own_tensors(gm)
+        fit_weights(gm)
+    return gm
+
+
+def fit_weights(gm: fx.GraphModule) -> None:
+    """Show each fake-quantize module of a weight the weight as it is: its qparams have their shape before a trace."""
+    for region in regions(gm):
+        known: dict[fx.Node, torch.Tensor | None] = {}
+        for node in region.graph.nodes:
+            if node.op == "get_attr" and isinstance(value := get_constant(region, node.target), torch.Tensor):
+                known[node] = value.detach()
+            elif node.op == "call_module" and all(source in known for source in node.all_input_nodes):
+                module = region.get_submodule(node.target)
+                if isinstance(module, FakeQuantizeBase):
+                    module.train()(known[node.args[0]])
+                elif isinstance(module, FoldFactor | FoldedWeight):
+                    with torch.no_grad():
+                        known[node] = module(*fx.node.map_arg(node.args, known.__getitem__))
 
 
 def convert_graph(prepared: fx.GraphModule, strict: bool = False) -> fx.GraphModule:
@@ -66,10 +92,12 @@ def convert_graph(prepared: fx.GraphModule, strict: bool = False) -> fx.GraphMod
     if strict:
         refuse_left_in_float(prepared)
     gm = copy_graph_module(prepared)
-    passes = (FoldBatchNorm(), LowerObservers(), CastComputeDtype(), ExpandAttention(), FoldConstants())
+    passes = (RemoveModes(), FoldBatchNorm(), LowerObservers(), CastComputeDtype(), ExpandAttention(), FoldConstants())
     Pipeline("quantized", passes).run(gm)
     gm = rebuild(gm)
     freeze(gm)
+    if graph_record(gm).config.trains:
+        own_tensors(gm)
     return gm
 
 

@@ -153,7 +153,7 @@ def test_an_override_matches_nothing(condition: dict[str, Any], message: str) ->
 def test_an_unknown_preset() -> None:
     assert error_of(lambda: qpass.prepare(two(), config="int8_statc"), ConfigError) == (
         "There is no preset 'int8_statc' (did you mean 'int8_static'?).\n"
-        "  to do: use one of int8_static, int8_dynamic, int8_weight_only"
+        "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat"
     )
 
 
@@ -234,7 +234,7 @@ def test_prepare_is_given_a_prepared_or_quantized_model() -> None:
 def test_a_config_of_another_kind() -> None:
     assert error_of(lambda: prepared(config=8), InputError) == (
         "A config is a Config or the name of a preset, not int.\n"
-        "  to do: pass one of int8_static, int8_dynamic, int8_weight_only, or build a qpass.Config"
+        "  to do: pass one of int8_static, int8_dynamic, int8_weight_only, int8_qat, or build a qpass.Config"
     )
 
 
@@ -326,7 +326,7 @@ def test_lower_is_called_on_something_else() -> None:
 def test_an_unknown_option_of_the_backend() -> None:
     assert error_of(lambda: qpass.backend("int8_dynamc"), ConfigError) == (
         "There is no preset 'int8_dynamc' (did you mean 'int8_dynamic'?).\n"
-        "  to do: use one of int8_static, int8_dynamic, int8_weight_only"
+        "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat"
     )
     assert error_of(lambda: qpass.backend(inductor={"max_autotun": True}), ConfigError) == (
         "unknown Inductor option 'max_autotun' (did you mean 'max_autotune'?)\n  to do: see torch._inductor.config"
@@ -349,7 +349,7 @@ STATIC_BACKEND = (
         (
             {"config": "int8_dynamc"},
             "There is no preset 'int8_dynamc' (did you mean 'int8_dynamic'?).\n"
-            "  to do: use one of int8_static, int8_dynamic, int8_weight_only",
+            "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat",
         ),
         ({"config": "int8_static"}, STATIC_BACKEND),
     ],

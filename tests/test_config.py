@@ -142,7 +142,7 @@ def test_get_preset() -> None:
         presets.get("int8_statc")
     assert str(error.value) == (
         "There is no preset 'int8_statc' (did you mean 'int8_static'?).\n"
-        "  to do: use one of int8_static, int8_dynamic, int8_weight_only"
+        "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat"
     )
     with pytest.raises(InputError) as input_error:
         presets.get(8)  # type: ignore[arg-type]

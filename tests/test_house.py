@@ -23,21 +23,21 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # A file imports only from lower floors (earlier rows), from names left of its own in its row, and from its own folder.
 FLOORS = (
     ("errors", "numerics", "ops"),
-    ("spec", "observer", "fake_quantize", "config", "presets"),
+    ("modes", "spec", "observer", "fake_quantize", "config", "presets"),
     ("graph",),
     ("rewrite",),
     ("targets", "patterns"),
     ("passes", "comm"),
     (
-        "pipeline", "opaque", "capture_errors", "capture_dynamo", "capture", "watch", "refresh", "compiled", "inductor",
-        "stages", "lower",
+        "pipeline", "opaque", "capture_errors", "capture_dynamo", "example_inputs", "capture", "capture_training",
+        "watch", "refresh", "compiled", "inductor", "stages", "lower",
     ),
     ("inspect",),
     ("api", "io", "backend", "compat"),
     ("__init__", "__main__"),  # the doors: `import qpass`, `python -m qpass`
 )
 ORDER = [unit for floor in FLOORS for unit in floor]
-WAYS_BACK = {("spec", "observer")}  # an observer is built on a spec, and a spec makes its observer
+WAYS_BACK = {("spec", "observer"), ("spec", "fake_quantize")}  # they are built on a spec, and a spec makes its own
 
 OPTIONAL = ("matplotlib", "nncf", "onnx", "onnxruntime", "openvino", "rich", "sklearn", "torchao", "transformers")
 

@@ -203,6 +203,21 @@ def rebuild(gm: fx.GraphModule, graph: fx.Graph | None = None) -> fx.GraphModule
     return result
 
 
+def own_tensors(gm: torch.nn.Module) -> None:
+    """Give ``gm`` parameters and buffers of its own, of the same values; what was shared inside it stays shared."""
+    own: dict[int, torch.Tensor] = {}
+    for module in gm.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in own:
+                    copied = tensor.detach().clone()
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    own[id(tensor)] = torch.nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+                tensors[name] = own[id(tensor)]  # type: ignore[assignment]
+
+
 def owner_of(gm: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     """The sub-module that holds the dotted attribute ``name``, and the attribute's last part."""
     path, _, leaf = name.rpartition(".")

@@ -20,19 +20,26 @@ def same_operators(dynamic: fx.GraphModule, static: fx.GraphModule) -> bool:
     whole slices: ``x[:, 0]`` is traced as ``select(slice(x))`` or ``select(x)``; and, where nothing is written to,
     ``contiguous``, which is traced where the sizes ask for a copy. Regions are compared likewise.
     """
+    return pair_operators(dynamic, static)[1] is None
+
+
+def pair_operators(dynamic: fx.GraphModule, static: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], fx.Node | None]:
+    """``{node of dynamic: the same of static}`` as far as :func:`same_operators` holds, and the first node (of either)
+    where it holds no longer, None where it holds to the end. The nodes of regions are paired too."""
     twin: dict[fx.Node, fx.Node] = {}
     left_out = _left_out(dynamic, static)
     for ours, theirs in zip_longest(_steps(dynamic.graph, left_out), _steps(static.graph, left_out)):
         if ours is None or theirs is None or ours.op != theirs.op:
-            return False
+            ended = ours is None or ours.op == "output"
+            return twin, theirs if ended else ours
         if ours.op == "call_function" and ours.target is not theirs.target:
-            return False
-        if ours.op == "get_attr" and not _same_attribute(dynamic, ours, static, theirs):
-            return False
+            return twin, ours
+        if ours.op == "get_attr" and (difference := _attribute_difference(dynamic, ours, static, theirs, twin)):
+            return twin, difference
         if not _match((ours.args, ours.kwargs), (theirs.args, theirs.kwargs), twin, left_out):
-            return False
+            return twin, ours
         twin[ours] = theirs
-    return True
+    return twin, None
 
 
 _LeftOut = Callable[[fx.Node], bool]
@@ -68,12 +75,16 @@ def _holds_tensor(val: Any) -> bool:
     return isinstance(val, torch.Tensor)
 
 
-def _same_attribute(dynamic: fx.GraphModule, ours: fx.Node, static: fx.GraphModule, theirs: fx.Node) -> bool:
+def _attribute_difference(
+    dynamic: fx.GraphModule, ours: fx.Node, static: fx.GraphModule, theirs: fx.Node, twin: dict[fx.Node, fx.Node]
+) -> fx.Node | None:
     a: Any = get_constant(dynamic, str(ours.target))
     b: Any = get_constant(static, str(theirs.target))
     if isinstance(a, fx.GraphModule) and isinstance(b, fx.GraphModule):
-        return same_operators(a, b)
-    return ours.target == theirs.target
+        inner, difference = pair_operators(a, b)
+        twin.update(inner)
+        return difference
+    return None if ours.target == theirs.target else ours
 
 
 def _match(ours: Any, theirs: Any, twin: Mapping[fx.Node, fx.Node], left_out: _LeftOut) -> bool:

@@ -1,7 +1,7 @@
 """The written spec of each stage, checked between passes.
 
 captured   float ATen, constants as ``get_attr``, fake values on every tensor node
-prepared   + calls of observer modules, named ``activation_post_process_N``
+prepared   + calls of observer modules, named ``activation_post_process_N``, and of what training changes, a `ByMode`
 quantized  no observer left; ``quantized_decomposed`` ops with positive, finite scales and zero points in range
 lowered    + kernels of a target; no other new operator
 """
@@ -18,6 +18,7 @@ from qpass.graph.record import Stage
 from qpass.graph.regions import regions
 from qpass.graph.source import where
 from qpass.graph.text import target_name
+from qpass.modes import ByMode
 
 OBSERVER_PREFIX = "activation_post_process_"
 
@@ -40,9 +41,12 @@ def _fault(node: fx.Node, stage: Stage) -> str:
     if node.op == "call_module":
         if stage != "prepared":
             return f"calls a sub-module, and a {stage} graph calls none"
-        if not str(node.target).rpartition(".")[2].startswith(OBSERVER_PREFIX):
-            return f"calls a sub-module that is not named {OBSERVER_PREFIX}N"
-        return ""
+        if str(node.target).rpartition(".")[2].startswith(OBSERVER_PREFIX):
+            return ""
+        owner = node.graph.owning_module
+        if owner is not None and isinstance(owner.get_submodule(str(node.target)), ByMode):
+            return ""
+        return f"calls a sub-module that is neither named {OBSERVER_PREFIX}N nor one of qpass.modes"
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return ""
     namespace = node.target.namespace

@@ -130,12 +130,12 @@ class ObserverBase(nn.Module):
 
 @dataclass(frozen=True)
 class Constructor:
-    """An observer class and some of its keywords: what `ObserverBase.with_args` returns."""
+    """An observer or fake-quantize class and some of its keywords: what their `with_args` returns."""
 
-    observer: type[ObserverBase]
+    observer: type[Any]
     keywords: tuple[tuple[str, Any], ...]
 
-    def __call__(self, **keywords: Any) -> ObserverBase:
+    def __call__(self, **keywords: Any) -> Any:
         return self.observer(**{**dict(self.keywords), **keywords})
 
     def with_args(self, **keywords: Any) -> Constructor:

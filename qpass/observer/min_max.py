@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qpass.errors import CalibrationError, ConfigError
 from qpass.numerics import EPS, choose_qparams
-from qpass.observer.base import ObserverBase, spec_from_keywords
+from qpass.observer.base import ObserverBase, is_eager, spec_from_keywords
 from qpass.observer.extrema import extrema
 from qpass.spec import PerChannel, PerGroup, PerTensor, QuantizationSpec
 
@@ -48,7 +48,7 @@ class RangeObserver(ObserverBase):
         return torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        if not self.has_data:
+        if is_eager(self.min_val) and not self.has_data:
             warnings.warn(f"{type(self).__name__} has seen no data: its scale is 1.", stacklevel=2)
         scale, zero_point = choose_qparams(
             *self.chosen_range(), self.quant_min, self.quant_max, self.spec.symmetric, self.eps

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from qpass.graph.edit import Editor, free_name, get_constant
-from qpass.graph.verify import OBSERVER_PREFIX
 from qpass.passes.annotate import FOLD
 from qpass.passes.frame import Pass
+from qpass.passes.insert_observers import is_trained
 from qpass.rewrite.match import normalized
 
 aten = torch.ops.aten
@@ -22,6 +23,7 @@ class FoldBatchNorm(Pass):
 
     Every convolution gets constants of its own, written as expressions over the model's parameters, so a weight
     that is shared by two convolutions is folded separately into each and the parameters themselves stay as they are.
+    An observer of the weight is replaced by a fresh one of the product, unless training has fitted it to that already.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -53,10 +55,11 @@ class FoldBatchNorm(Pass):
         broadcast = edit.call(aten.reshape.default, factor, [-1] + [1] * (weight.meta["val"].dim() - 1), **place)
         folded = edit.call(aten.mul.Tensor, weight, broadcast, **place)
         if is_observed:
-            spec = get_constant(edit.gm, observed.target).spec  # type: ignore[attr-defined]
-            name = free_name(edit.gm, f"{observed.target}_folded")
-            edit.gm.add_module(name, spec.make_observer())
-            assert name.startswith(OBSERVER_PREFIX)
+            observer: Any = get_constant(edit.gm, observed.target)
+            name = str(observed.target)
+            if not is_trained(observer):
+                name = free_name(edit.gm, f"{observed.target}_folded")
+                edit.gm.add_module(name, observer.spec.make_observer())
             folded = edit.module(name, folded, val=folded.meta.get("val"), **place)
         conv.args = tuple((arguments | {"weight": folded, "bias": shift}).values())
         conv.kwargs = {}

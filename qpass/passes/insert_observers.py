@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
+from qpass.fake_quantize import FakeQuantizeBase
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor, free_name
 from qpass.graph.verify import OBSERVER_PREFIX
@@ -104,5 +106,15 @@ class _Shared:
 def observers(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
     """The observer calls of one region with their module names."""
     for node in gm.graph.nodes:
-        if node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX):
+        if is_observer(node):
             yield node, str(node.target)
+
+
+def is_observer(node: fx.Node) -> bool:
+    """Whether a node calls an observer."""
+    return node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX)
+
+
+def is_trained(observer: Any) -> bool:
+    """Whether an observer rounds in training, and so has qparams that the model was trained with."""
+    return isinstance(observer, FakeQuantizeBase) and observer.has_data

@@ -18,8 +18,10 @@ from qpass.ops import quantized_decomposed as ops
 from qpass.ops.decompositions import table
 from qpass.passes.assign_compute_dtype import COMPUTE_DTYPE
 from qpass.passes.frame import Pass
-from qpass.passes.insert_observers import observers
+from qpass.passes.insert_observers import is_trained, observers
 from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
+
+QParams = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class LowerObservers(Pass):
     """``observer(x)  ->  dequantize(quantize(x))``, and ``observer(w)  ->  dequantize(codes)`` for a stored weight
 
     Static parameters are written into the graph as numbers, dynamic ones as ``choose_qparams``. A weight's codes,
-    scales and zero points become constants; the float weight is no longer read.
+    scales and zero points become constants; the float weight is no longer read. The scale is the one that the weight
+    was trained with, if it was, else what its observer chooses for its values now.
     """
 
     def requires(self, gm: fx.GraphModule) -> None:
@@ -52,7 +55,7 @@ class LowerObservers(Pass):
             observer: Any = gm.get_submodule(name)
             spec: QuantizationSpec = observer.spec
             if node.args[0] in constants:
-                result = self._weight(node, spec, edit, constants)
+                result = self._weight(node, observer, edit, constants)
             elif spec.dynamic:
                 result = self._dynamic(node, spec, edit)
             else:
@@ -99,15 +102,17 @@ class LowerObservers(Pass):
             reader.meta[COMPUTE_DTYPE] = torch.float32  # qparams of bfloat16 values would be bfloat16 themselves
         return result
 
-    def _weight(self, node: fx.Node, spec: QuantizationSpec, edit: Editor, constants: Constants) -> fx.Node:
+    def _weight(self, node: fx.Node, observer: Any, edit: Editor, constants: Constants) -> fx.Node:
+        spec: QuantizationSpec = observer.spec
+        qparams = observer.calculate_qparams() if is_trained(observer) else None
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         names, compute = expression(source)
-        parts = _parts_of(source, spec, constants)
+        parts = _parts_of(source, spec, constants, qparams)
         base = str(source.target) if source.op == "get_attr" else names[0]
         stored = []
         for index, (suffix, value) in enumerate(zip(("codes", "scale", "zero_point"), parts, strict=True)):
             name = free_name(edit.gm, f"{base}_{suffix}")
-            derived_constants(edit.gm)[name] = Derived(names, _part(index, compute, spec))
+            derived_constants(edit.gm)[name] = Derived(names, _part(index, compute, spec, qparams))
             stored.append(edit.constant(name, value, like=node, before=node))
         place = {"like": node, "before": node}
         if isinstance(spec.granularity, PerChannel):
@@ -130,12 +135,12 @@ def float_val(x: Any) -> Any:
     return val if isinstance(val, torch.Tensor) and val.dtype == torch.float32 else None
 
 
-def quantized_parts(w: torch.Tensor, spec: QuantizationSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scale and zero point of a weight: what its observer chooses for the values it has now."""
-    observer = spec.make_observer()
+def quantized_parts(
+    w: torch.Tensor, spec: QuantizationSpec, qparams: QParams | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scale and zero point of a weight: the given ones, or what its observer chooses for its values now."""
     with torch.no_grad():
-        observer(w)
-        scale, zero_point = observer.calculate_qparams()
+        scale, zero_point = observed_qparams(w, spec) if qparams is None else qparams
         if isinstance(spec.granularity, PerGroup):
             rows = w.reshape(-1, spec.granularity.group_size)
             codes = quantize_weight(rows, scale.flatten(), zero_point.flatten(), 0, *spec.range, spec.dtype)
@@ -146,23 +151,33 @@ def quantized_parts(w: torch.Tensor, spec: QuantizationSpec) -> tuple[torch.Tens
     return codes, scale, zero_point
 
 
-def _parts_of(source: fx.Node, spec: QuantizationSpec, constants: Constants) -> tuple[torch.Tensor, ...]:
+def observed_qparams(w: torch.Tensor, spec: QuantizationSpec) -> QParams:
+    """What a fresh observer chooses for a weight."""
+    observer = spec.make_observer()
+    observer(w)
+    return observer.calculate_qparams()
+
+
+def _parts_of(
+    source: fx.Node, spec: QuantizationSpec, constants: Constants, given: QParams | None
+) -> tuple[torch.Tensor, ...]:
     """The parts of a constant; of a product ``w * factor`` with a factor for each row, as folding a batch norm leaves
     it, some rows at a time: the whole product would be one more float copy of the weight."""
     if source.target is not torch.ops.aten.mul.Tensor or spec.granularity != PerChannel(0):
-        return quantized_parts(constants.value(source), spec)
+        return quantized_parts(constants.value(source), spec, given)
     w, factor = (constants.value(argument) for argument in source.args)  # type: ignore[arg-type]
     if factor.shape != (len(w), *[1] * (w.dim() - 1)):
-        return quantized_parts(constants.value(source), spec)
+        return quantized_parts(constants.value(source), spec, given)
     codes = torch.empty(w.shape, dtype=spec.dtype, device=w.device)
-    qparams = []
+    chosen = []
     for rows in torch.arange(len(w)).split(max(1, BLOCK // max(1, w[0].numel()))):
         block = slice(int(rows[0]), int(rows[-1]) + 1)
-        codes[block], *chosen = quantized_parts(w[block] * factor[block], spec)
-        qparams.append(chosen)
-    scale, zero_point = (torch.cat(part) for part in zip(*qparams, strict=True))
+        own = None if given is None else (given[0][block], given[1][block])
+        codes[block], *qparams = quantized_parts(w[block] * factor[block], spec, own)
+        chosen.append(qparams)
+    scale, zero_point = (torch.cat(part) for part in zip(*chosen, strict=True))
     return codes, scale, zero_point
 
 
-def _part(index: int, compute: Any, spec: QuantizationSpec) -> Any:
-    return lambda *values: quantized_parts(compute(*values), spec)[index]
+def _part(index: int, compute: Any, spec: QuantizationSpec, qparams: QParams | None) -> Any:
+    return lambda *values: quantized_parts(compute(*values), spec, qparams)[index]

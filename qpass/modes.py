@@ -1,0 +1,230 @@
+"""Modules that compute one thing in training and another in evaluation: what operators of a graph cannot say.
+
+A graph that is captured for training holds them where the model holds dropout and batch norm, so ``.train()`` and
+``.eval()`` work on the graph module as on the model. They own no parameters and no buffers: those stay where the model
+has them, under their own names, and arrive as arguments.
+
+A batch norm behind a quantized convolution is trained *folded*, since that is how it runs later: the weight that is
+rounded is the weight times ``factor = weight / sqrt(running_var + eps)`` (section 3.2 of Jacob et al. 2018,
+https://arxiv.org/abs/1712.05877, with the division of the result by the factor that Krishnamoorthi 2018,
+https://arxiv.org/abs/1806.08342, adds so that batch statistics stay those of the unscaled result).
+
+    training     batch_norm(conv(x, fq(w * factor), b * factor) / factor)
+    evaluation   conv(x, fq(w * factor), (b - mean) * factor + bias)             what `convert` makes of it
+    fq disabled  batch_norm(conv(x, w, b))                                       the float model
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BY_MODE = "qpass_by_mode"
+"""``meta`` key on an operator of a captured graph that computes something else in training: its `Mode`."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What training changes about an operator.
+
+    Attributes:
+        training: whether the module that called it was in training mode when it was captured.
+        p: the probability of dropout in training.
+        momentum: of a batch norm; None for the average over all batches.
+        tracked: the dotted name of a batch norm's ``num_batches_tracked``, "" where it has none.
+        count: that tensor, which no operator of evaluation reads.
+    """
+
+    training: bool
+    p: float = 0.0
+    momentum: float | None = None
+    tracked: str = ""
+    count: Tensor | None = field(default=None, compare=False, repr=False)
+
+
+class ByMode(nn.Module):
+    """Base of the modules of this file; `training` decides what they compute."""
+
+
+class Dropout(ByMode):
+    """``dropout(x, p)`` in training, x itself in evaluation.
+
+    Args:
+        kind: the ATen operator: "dropout", "feature_dropout", "alpha_dropout" or "feature_alpha_dropout".
+        p: the probability of an element (a channel) to become zero.
+    """
+
+    def __init__(self, kind: str, p: float) -> None:
+        super().__init__()
+        self.kind, self.p = kind, p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(torch.ops.aten, self.kind).default(x, self.p, True) if self.training else x
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, p={self.p}"
+
+
+class Attention(ByMode):
+    """``scaled_dot_product_attention`` whose probabilities are dropped with probability `dropout_p` in training."""
+
+    def __init__(self, dropout_p: float) -> None:
+        super().__init__()
+        self.dropout_p = dropout_p
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, self.dropout_p if self.training else 0.0, is_causal,
+            scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"dropout_p={self.dropout_p}"
+
+
+class Statistics(ByMode):
+    """What depends on the statistics of a batch norm; once they are frozen, training computes as evaluation does."""
+
+    frozen = False
+
+    def freeze_batch_norm_stats(self) -> None:
+        """Use the running statistics from now on, and leave them as they are, in training too."""
+        self.frozen = True
+
+    def update_batch_norm_stats(self) -> None:
+        """Undo `freeze_batch_norm_stats`."""
+        self.frozen = False
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether the batch's own statistics normalise it."""
+        return self.training and not self.frozen
+
+
+class BatchNorm(Statistics):
+    """``batch_norm``, by the statistics of the batch in training, which then move the running ones.
+
+    Args:
+        eps, momentum: those of the model; a momentum of None means the average over all batches, which is taken in the
+            dtype of the statistics (torch's own takes it in float64).
+    """
+
+    def __init__(self, eps: float, momentum: float | None) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        num_batches_tracked: Tensor | None = None,
+    ) -> Tensor:
+        """x ``[N, C, ...]``; the parameters and statistics ``[C]``."""
+        if not self.uses_batch:
+            return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, self.eps)
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            return F.batch_norm(x, running_mean, running_var, weight, bias, True, self.momentum, self.eps)
+        assert num_batches_tracked is not None
+        mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+        y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, self.eps)  # a momentum of 1: the batch's own
+        share = num_batches_tracked.to(mean.dtype).reciprocal()
+        running_mean.lerp_(mean, share)
+        running_var.lerp_(var, share)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, momentum={self.momentum}"
+
+
+class FoldFactor(Statistics):
+    """``weight / sqrt(running_var + eps)``, by the operations of `FoldBatchNorm`; 1 where nothing is folded.
+
+    Where a forward pass is computed again during the backward pass, as activation checkpointing does it, the factor is
+    that of the first time, although the batch norm has moved its statistics since.
+    """
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self._first_var: Tensor | None = None
+
+    def forward(self, weight: Tensor | None, running_var: Tensor, enabled: Tensor) -> Tensor:
+        """weight and running_var ``[C]``, those of the batch norm; enabled ``[1]``, the ``fake_quant_enabled`` of the
+        convolution's weight. Returns ``[C]``."""
+        if self.uses_batch and not torch.compiler.is_compiling():
+            if in_backward() and self._first_var is not None:
+                running_var = self._first_var
+            else:
+                self._first_var = running_var.clone()
+        factor = torch.rsqrt(running_var + self.eps)
+        factor = factor if weight is None else factor * weight
+        return torch.where(enabled.bool(), factor, 1.0)
+
+
+class FoldedWeight(ByMode):
+    """``w * factor``, a factor for each output channel."""
+
+    def forward(self, w: Tensor, factor: Tensor) -> Tensor:
+        """w ``[C, ...]``, factor ``[C]``."""
+        return w * factor.reshape(-1, *[1] * (w.dim() - 1))
+
+
+class FoldedBias(Statistics):
+    """``b * factor`` where the batch norm follows, ``(b - mean) * factor + bias`` where it is folded in."""
+
+    def forward(
+        self, b: Tensor | None, factor: Tensor, bias: Tensor | None, running_mean: Tensor, enabled: Tensor
+    ) -> Tensor:
+        """All of ``[C]``, `b` the convolution's own bias; enabled ``[1]``."""
+        plain = torch.zeros_like(running_mean) if b is None else b
+        if self.uses_batch:
+            return plain * factor
+        shift = (-running_mean if b is None else b - running_mean) * factor
+        return torch.where(enabled.bool(), shift if bias is None else shift + bias, plain)
+
+
+class FoldedBatchNorm(BatchNorm):
+    """The batch norm behind a convolution that `FoldedWeight` and `FoldedBias` have scaled.
+
+    ``enabled`` is the ``fake_quant_enabled`` of the weight: where it is 0 nothing was scaled.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        num_batches_tracked: Tensor | None,
+        factor: Tensor,
+        enabled: Tensor,
+    ) -> Tensor:
+        """x ``[N, C, ...]``; the parameters, statistics and factor ``[C]``; enabled ``[1]``."""
+        arguments = weight, bias, running_mean, running_var, num_batches_tracked
+        if not self.uses_batch:
+            return torch.where(enabled.bool(), x, super().forward(x, *arguments))
+        unscaled = (x / factor.reshape(1, -1, *[1] * (x.dim() - 2))).to(x.dtype)
+        return super().forward(unscaled, *arguments)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass, in which a forward pass is one that is computed again."""
+    return torch._C._current_graph_task_id() != -1

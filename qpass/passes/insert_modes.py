@@ -1,0 +1,163 @@
+"""Put in what training does differently: dropout, and batch norms by the statistics of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpass.graph.edit import Editor, free_name, get_constant, set_constant
+from qpass.modes import (
+    BY_MODE,
+    Attention,
+    BatchNorm,
+    ByMode,
+    Dropout,
+    FoldedBatchNorm,
+    FoldedBias,
+    FoldedWeight,
+    FoldFactor,
+    Mode,
+)
+from qpass.passes.annotate import FOLD
+from qpass.passes.frame import Pass
+from qpass.passes.insert_observers import is_observer
+from qpass.passes.set_dropout_aside import ASIDE, DROPOUT, Aside
+from qpass.rewrite.match import normalized
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class InsertModes(Pass):
+    """Each operator marked as differing in training becomes a module of `qpass.modes`, and dropout is back::
+
+        batch_norm(conv(x, fq(w), b), gamma, beta, mean, var)
+        ->  f = fold_factor_0(gamma, var, enabled)
+            w1 = folded_weight_0(w, f)
+            b1 = folded_bias_0(b, f, beta, mean, enabled)
+            batch_norm_0(conv(x, fq(w1), b1), gamma, beta, mean, var, count, f, enabled)
+
+    where ``enabled`` is the ``fake_quant_enabled`` of ``fq``. A batch norm that is not folded becomes ``batch_norm_0``
+    alone. `RemoveModes` is the inverse.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        edit = Editor(gm, self.name)
+        moved: dict[fx.Node, fx.Node] = {}
+        aside = gm.meta.pop(ASIDE, [])
+        for entry in aside:
+            moved[entry.node] = put_back(entry, moved.get(entry.source, entry.source), edit)
+        marked = [(node, mode) for node in gm.graph.nodes if (mode := node.meta.pop(BY_MODE, None)) is not None]
+        for node, mode in marked:
+            if node.target in DROPOUT:
+                source = normalized(node)["input"]
+                replace(node, dropout_of(node, mode), "dropout", (source,), edit, mode)
+            elif node.target is aten.scaled_dot_product_attention.default:
+                given = normalized(node)
+                del given["dropout_p"]
+                replace(node, Attention(mode.p), "attention", tuple(given.values()), edit, mode)
+            else:
+                self._batch_norm(node, mode, edit)
+        return len(aside) + len(marked)
+
+    def _batch_norm(self, bn: fx.Node, mode: Mode, edit: Editor) -> None:
+        given = normalized(bn)
+        affine = (given["weight"], given["bias"])
+        statistics = (given["running_mean"], given["running_var"])
+        count = count_of(bn, mode, edit)
+        conv = given["input"]
+        observed = normalized(conv)["weight"] if FOLD in bn.meta else None
+        if observed is None or not is_fake_quantize(edit.gm, observed):
+            module = BatchNorm(given["eps"], mode.momentum)
+            replace(bn, module, "batch_norm", (conv, *affine, *statistics, count), edit, mode)
+            return
+        own = own_observer(observed, conv, edit)
+        name = f"{own.target}.fake_quant_enabled"
+        enabled = edit.attribute(name, like=conv, before=own, value=get_constant(edit.gm, name))
+        place: dict[str, Any] = {"like": conv, "before": own, "val": statistics[1].meta.get("val")}
+        read: tuple[Any, ...] = (affine[0], statistics[1], enabled)
+        factor = insert(FoldFactor(given["eps"]), "fold_factor", read, edit, mode, **place)
+        read = (normalized(conv)["bias"], factor, affine[1], statistics[0], enabled)
+        bias = insert(FoldedBias(), "folded_bias", read, edit, mode, **place)
+        place["val"] = own.meta.get("val")
+        own.args = (insert(FoldedWeight(), "folded_weight", (own.args[0], factor), edit, mode, **place),)
+        conv.args = tuple((normalized(conv) | {"weight": own, "bias": bias}).values())
+        conv.kwargs = {}
+        module = FoldedBatchNorm(given["eps"], mode.momentum)
+        replace(bn, module, "batch_norm", (conv, *affine, *statistics, count, factor, enabled), edit, mode)
+
+
+def put_back(aside: Aside, source: fx.Node, edit: Editor) -> fx.Node:
+    """Insert a dropout again: behind the fake-quantize where all its readers have one in common, else before them."""
+    module, place = dropout_of(aside.node, aside.mode), {"like": aside.node, "before": aside.following}
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for user in aside.users:
+        for read in user.all_input_nodes:
+            if read is source or (is_observer(read) and read.args[0] is source):
+                readers.setdefault(read, []).append(user)
+    shared = next(iter(readers)) if len(readers) == 1 else source
+    call = insert(module, "dropout", (shared,), edit, aside.mode, val=shared.meta.get("val"), **place)
+    for read, users in readers.items():
+        new = call
+        if read is not shared:
+            new = edit.module(str(read.target), call, val=read.meta.get("val"), **place)
+        for user in users:
+            user.replace_input_with(read, new)
+        if not read.users and read is not source:
+            edit.graph.erase_node(read)
+    return call
+
+
+def own_observer(observed: fx.Node, conv: fx.Node, edit: Editor) -> fx.Node:
+    """The observer call of a folded weight: one of its own, since each batch norm scales the weight differently."""
+    if len(observed.users) == 1 and len(calls_of(edit.graph, observed.target)) == 1:
+        conv.prepend(observed)  # behind the parameters of the batch norm
+        return observed
+    name = free_name(edit.gm, str(observed.target))
+    edit.gm.add_module(name, get_constant(edit.gm, str(observed.target)).spec.make_observer())  # type: ignore[attr-defined]
+    return edit.module(name, observed.args[0], like=conv, before=conv, val=observed.meta.get("val"))
+
+
+def calls_of(graph: fx.Graph, name: Any) -> list[fx.Node]:
+    """The calls of a sub-module."""
+    return list(graph.find_nodes(op="call_module", target=name))
+
+
+def is_fake_quantize(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is the call of an observer that rounds."""
+    return is_observer(node) and hasattr(gm.get_submodule(str(node.target)), "fake_quant_enabled")
+
+
+def dropout_of(node: fx.Node, mode: Mode) -> Dropout:
+    """The module that does what a dropout operator does."""
+    return Dropout(DROPOUT[node.target], mode.p)
+
+
+def count_of(bn: fx.Node, mode: Mode, edit: Editor) -> fx.Node | None:
+    """The ``num_batches_tracked`` of a batch norm, under the name that it has in the model."""
+    if not mode.tracked or mode.count is None:
+        return None
+    owner, _, leaf = mode.tracked.rpartition(".")
+    if not hasattr(edit.gm.get_submodule(owner), leaf):
+        set_constant(edit.gm, mode.tracked, mode.count)
+    return edit.attribute(mode.tracked, like=bn, before=bn, value=mode.count)
+
+
+def insert(module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, mode: Mode, **place: Any) -> fx.Node:
+    """Insert the call of a new sub-module, which is in the mode that the model's own is in."""
+    number = 0
+    while hasattr(edit.gm, f"{name}_{number}"):
+        number += 1
+    edit.gm.add_module(f"{name}_{number}", module.train(mode.training))
+    return edit.module(f"{name}_{number}", *arguments, **place)
+
+
+def replace(node: fx.Node, module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, mode: Mode) -> None:
+    """Put the call of a new sub-module in the place of an operator; decisions about the operator stay with it."""
+    call = insert(module, name, arguments, edit, mode, like=node, before=node)
+    call.meta = {**node.meta, **call.meta}
+    node.replace_all_uses_with(call)
+    edit.graph.erase_node(node)
