@@ -1,4 +1,4 @@
-"""torch.ops.quantized_decomposed, guaranteed to be there: the q/dq operators that exporters and runtimes read.
+"""torch.ops.quantized_decomposed, guaranteed to be there: the q/dq operators that graphs carry and runtimes read.
 
 The operators are torch's or torchao's own wherever either has them; nothing of theirs is overridden. Only where
 neither package exists are they defined here, with the kernels of `qpass.ops.kernels`: defined first by anyone else,
@@ -109,10 +109,10 @@ def register() -> None:
         _define(_missing())
 
 
-def overload(name: str) -> torch._ops.OpOverload:
+def overload(name: str, namespace: Any = torch.ops.quantized_decomposed) -> torch._ops.OpOverload:
     """The operator of that name: ``"quantize_per_tensor.tensor"``, or without the dot for ``.default``."""
     packet, _, suffix = name.partition(".")
-    found: torch._ops.OpOverload = getattr(getattr(quantized_decomposed, packet), suffix or "default")
+    found: torch._ops.OpOverload = getattr(getattr(namespace, packet), suffix or "default")
     return found
 
 
@@ -136,5 +136,5 @@ def _define(names: list[str]) -> None:
         _library.impl(name, kernel, "CompositeExplicitAutograd")
 
 
-quantized_decomposed = torch.ops.quantized_decomposed
+graph_ops = torch.ops.quantized_decomposed
 register()

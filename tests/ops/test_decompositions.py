@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qpass.errors import InputError
-from qpass.ops import kernels
-from qpass.ops import quantized_decomposed as qd
+from qpass.ops import graph_ops, kernels, quantized_decomposed
+from qpass.ops import graph_ops as qd
 from qpass.ops.decomposed import OPERATORS, overload
 from qpass.ops.decompositions import table
 
@@ -138,7 +138,8 @@ def test_a_fused_neighbour_does_not_change_codes() -> None:
 
 
 def test_the_table_has_every_operator_and_is_the_callers_own() -> None:
-    assert set(table()) == {overload(name) for name in OPERATORS}
+    namespaces = (graph_ops, quantized_decomposed)
+    assert set(table()) == {overload(name, namespace) for name in OPERATORS for namespace in namespaces}
     table().clear()
     assert table()
 
