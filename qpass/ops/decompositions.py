@@ -7,8 +7,15 @@ from typing import Any
 
 from torch._ops import OpOverload
 
+from qpass.ops import choose
 from qpass.ops.corrected import quantized_decomposed
-from qpass.ops.decomposed import OPERATORS, graph_ops, overload
+from qpass.ops.decomposed import OPERATORS, overload
+
+AS_TORCH = {"choose_qparams_per_token": choose.choose_qparams_per_token_floored}
+"""Where the corrected operator differs from torch's although torch's is sound in eager mode: a q/dq graph run eagerly
+runs torch's, and compiled it must give the same codes."""
+
+NOT_FUSED = "convert_element_type.no_fuse"  # stays whole: Inductor lowers it without fusing it
 
 
 def table() -> dict[OpOverload, Callable[..., Any]]:
@@ -19,8 +26,8 @@ def table() -> dict[OpOverload, Callable[..., Any]]:
     arithmetic into its neighbours and never meets its own lowerings of these operators. Codes equal the eager
     operators'; the exceptions are listed in `qpass.ops.kernels`.
     """
+    kernels = {name: kernel for name, (_, kernel) in OPERATORS.items() if name != NOT_FUSED}
     return {
-        overload(name, namespace): kernel
-        for namespace in (graph_ops, quantized_decomposed)
-        for name, (_, kernel) in OPERATORS.items()
+        **{overload(name): kernel for name, kernel in {**kernels, **AS_TORCH}.items()},
+        **{overload(name, quantized_decomposed): kernel for name, kernel in kernels.items()},
     }
