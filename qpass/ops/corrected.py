@@ -23,7 +23,7 @@ class _Convert(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.dtype = input.dtype
-        result: Tensor = graph_ops.convert_element_type.no_fuse(input, dtype)
+        result: Tensor = graph_ops.convert_element_type.no_fuse(input.detach(), dtype)
         return result
 
     @staticmethod
