@@ -126,7 +126,7 @@ def unclamped(
     values = x.to(compute) * _inverse(scale, compute)
     wide = torch.float64 if is_wide(dtype) else compute
     if dtype in FLOAT8_RANGES:
-        return values + _as(zero_point, compute)
+        return values - (0 - _as(zero_point, compute))  # -0.0 + 0 would be 0.0
     if adds_first:
         return torch.round(values.to(wide) + _as(zero_point, wide))
     return torch.round(values).to(wide) + _as(zero_point, wide)
@@ -223,14 +223,14 @@ def _quantize_into(
 
     def work(block: Tensor, inverse: Any, zero_point: Any) -> Tensor:
         values = block.to(compute) * inverse
-        if rounds and not adds_first:
+        if not rounds:
+            return values.sub_(0 - zero_point).clamp_(quant_min, quant_max)
+        if not adds_first:
             values.round_()
         values = values.to(wide).add_(zero_point)
-        if rounds and adds_first:
+        if adds_first:
             values.round_()
-        if rounds:
-            values.nan_to_num_(nan=quant_min)
-        return values.clamp_(quant_min, quant_max)
+        return values.nan_to_num_(nan=quant_min).clamp_(quant_min, quant_max)
 
     return blocks.fill(codes, x, (_inverse(scale, compute), _as(zero_point, wide)), work)
 
