@@ -10,6 +10,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hard_values import ROWS, hard_values
 from qpass.errors import InputError
 from qpass.ops import graph_ops, kernels, quantized_decomposed
 from qpass.ops import graph_ops as qd
@@ -19,17 +20,6 @@ from qpass.ops.decompositions import table
 
 BOUNDS = [(torch.int8, -128, 127), (torch.uint8, 0, 255), (torch.int8, -8, 7)]
 EPS = torch.finfo(torch.float32).eps
-ROWS = 512
-
-
-def hard_values(scale: float) -> Tensor:
-    """``[ROWS, ROWS]``: half ordinary, half ties of `scale` or one float beside; large, tiny, signed zeros."""
-    x = torch.randn(ROWS * ROWS) * 60 * scale
-    ties = ((torch.randint(-300, 300, (x.numel() // 2,)) + 0.5) * scale).float()
-    toward = torch.tensor([-torch.inf, torch.inf])[torch.randint(0, 2, ties.shape)]
-    x[: len(ties)] = torch.where(torch.rand(len(ties)) < 0.6, torch.nextafter(ties, toward), ties)
-    x[-8:] = torch.tensor([3e38, -3e38, 1e30, -1e30, 1e-40, -1e-40, 0.0, -0.0])
-    return x[torch.randperm(x.numel())].reshape(ROWS, ROWS)
 
 
 def quantizers(x: Tensor, half: Tensor, s: Tensor, z: Tensor, scales: Tensor, zero_points: Tensor) -> list[Tensor]:
