@@ -8,7 +8,7 @@ from torch import fx
 
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
-from qpass.ops import quantized_decomposed as ops
+from qpass.ops import graph_ops as ops
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.qdq import as_dequantize, as_quantize

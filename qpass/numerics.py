@@ -9,32 +9,46 @@ This is the arithmetic of ``quantized_decomposed.quantize_per_tensor`` and ``qua
 the same. Theirs takes ``inv`` as the double ``1.0 / scale`` rounded to float32 where the scale is a number, and as a
 float32 division where it is a float32 tensor; for a scale that is a float32 value both give the same ``inv``, because
 a quotient of two 24-bit numbers that is rounded to 53 bits first and to 24 bits then is rounded correctly (Figueroa
-1995: 53 >= 2 * 24 + 2).
+1995: 53 >= 2 * 24 + 2). The operators for tokens and groups round the sum instead: ``round(x * inv + z)``.
 
 float16 and bfloat16 are computed in float32; a float64 tensor or scale is computed in float64. Codes of more than 16
-bits are added and clamped in float64, where they are exact. Infinities saturate. NaN has no code of its own and takes
-the lowest.
+bits are added and clamped in float64, where they are exact.
+
+8-bit floats are codes, too. They are not rounded to integers: ``code = clamp(x * inv + z, quant_min, quant_max)``, cast
+to the dtype, which rounds to its nearest value, ties to even. So a value beyond the range saturates at its end; the
+cast by itself would make it NaN or infinite.
+
+**NaN and infinities**, in every operator, eager and compiled:
+
+- an infinity saturates: it takes the code at its end of the range;
+- NaN takes the lowest code, quant_min; in 8-bit floats, which have a code for it, it stays NaN;
+- where a scale is chosen, an end of the range that is NaN counts as 0 and an infinite one as the largest float32, so
+  scale and zero point are always finite. Whatever shares its scale with a NaN or an infinity loses its precision.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from qpass import blocks
 
 RANGES: dict[torch.dtype, tuple[int, int]] = {
     dtype: (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     for dtype in (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32)
 }
-"""Storage dtypes of codes, with the smallest and the largest code each can hold."""
+"""Storage dtypes of integer codes, with the smallest and the largest code each can hold."""
+
+FLOAT8_RANGES: dict[torch.dtype, tuple[int, int]] = {
+    dtype: (int(torch.finfo(dtype).min), int(torch.finfo(dtype).max))
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+}
+"""The 8-bit floats that can be codes, with the smallest and the largest finite value of each."""
 
 EPS = torch.finfo(torch.float32).eps
 """The smallest scale, where nobody asks for another."""
-
-BLOCK = 1 << 18
-"""Elements that `quantize_weight` works on at once: 1 MiB of float32, so that its temporaries stay in cache."""
 
 
 def choose_qparams(
@@ -57,8 +71,8 @@ def choose_qparams(
         scale (float32, positive, finite) and zero_point (int32, within the codes), shaped like `min_val`.
     """
     largest = torch.finfo(torch.float32).max
-    low = _finite(min_val.to(torch.float32)).clamp(max=0.0)
-    high = _finite(max_val.to(torch.float32)).clamp(min=0.0)
+    low = finite(min_val).clamp(max=0.0)
+    high = finite(max_val).clamp(min=0.0)
     if symmetric:
         scale = torch.maximum(-low, high) / ((quant_max - quant_min) / 2)
         scale = scale.clamp(min=eps)
@@ -70,54 +84,92 @@ def choose_qparams(
     return scale, code_of_zero.clamp(quant_min, quant_max).to(torch.int32)
 
 
+def finite(values: Tensor) -> Tensor:
+    """As float32, with NaN as 0 and infinities as the largest float."""
+    return torch.nan_to_num(values.to(torch.float32), nan=0.0)
+
+
 def quantize(
-    x: Tensor, scale: Tensor | float, zero_point: Tensor | int, quant_min: int, quant_max: int, dtype: torch.dtype
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    quant_min: Any,
+    quant_max: Any,
+    dtype: torch.dtype,
+    adds_first: bool = False,
 ) -> Tensor:
     """``clamp(round(x / scale) + zero_point, quant_min, quant_max)``, by the arithmetic at the top of this file.
+
+    Nothing is differentiated: codes have no gradient. Plain CPU tensors are worked on a block at a time.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape.
         scale, zero_point: numbers, or tensors that broadcast with `x`.
+        quant_min, quant_max: integers, or integer tensors of one element.
+        adds_first: round the sum with the zero point instead, as the operators for tokens and groups do.
 
     Returns:
-        codes of the broadcast shape (that of `x`).
+        codes of the broadcast shape (that of `x`), laid out like `x`.
     """
+    x, scale, zero_point = _detached(x), _detached(scale), _detached(zero_point)
+    if isinstance(quant_min, int) and isinstance(quant_max, int) and blocks.can_fill(x, (scale, zero_point)):
+        codes = torch.empty_like(x, dtype=dtype)
+        return _quantize_into(codes, x, scale, zero_point, quant_min, quant_max, adds_first)
+    return saturate(unclamped(x, scale, zero_point, dtype, adds_first), quant_min, quant_max, dtype)
+
+
+def unclamped(
+    x: Tensor, scale: Tensor | float, zero_point: Tensor | int, dtype: torch.dtype, adds_first: bool = False
+) -> Tensor:
+    """The codes of `dtype` in floating point, before they are clamped: of any size, and NaN where `x` is NaN."""
     compute = compute_dtype(x.dtype, scale)
-    values = torch.round(x.to(compute) * _inverse(scale, compute))
-    if is_wide(dtype):
-        values = values.to(torch.float64)
-    values = values + _as(zero_point, values.dtype)  # named: under Dynamo a call keeps all that stood in it alive
-    return saturate(values, quant_min, quant_max, dtype)
+    values = x.to(compute) * _inverse(scale, compute)
+    wide = torch.float64 if is_wide(dtype) else compute
+    if dtype in FLOAT8_RANGES:
+        return values - (0 - _as(zero_point, compute))  # -0.0 + 0 would be 0.0
+    if adds_first:
+        return torch.round(values.to(wide) + _as(zero_point, wide))
+    return torch.round(values).to(wide) + _as(zero_point, wide)
 
 
-def saturate(values: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype) -> Tensor:
-    """Whole numbers in floating point -> codes: clamped to the range, NaN to its lower end.
+def saturate(values: Tensor, quant_min: Any, quant_max: Any, dtype: torch.dtype) -> Tensor:
+    """Codes in floating point -> codes: clamped to the range, NaN by the rule at the top of this file.
 
     Written as comparisons: ``clamp`` would keep NaN, for which the conversion to integers has no answer, and it costs
     more instructions in Inductor's C++.
     """
+    if dtype in FLOAT8_RANGES:
+        values = torch.where(values < quant_min, quant_min, values)
+        return torch.where(values > quant_max, quant_max, values).to(dtype)
     values = torch.where(values > quant_min, values, quant_min)
     return torch.where(values < quant_max, values, quant_max).to(dtype)
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor | float, zero_point: Tensor | int, out_dtype: torch.dtype = torch.float32
+    codes: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    out_dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
 ) -> Tensor:
-    """``(codes - zero_point) * scale`` as `out_dtype`, computed in float32 (float64 where `out_dtype` or the scale is).
+    """``(codes - zero_point) * scale`` as `out_dtype`.
 
     The difference is taken where it is exact (float32 up to 16 bits, int64 above), so a zero point of a narrow dtype
     never wraps.
 
     Args:
-        codes: any dtype of `RANGES`, any shape.
+        codes: any dtype of `RANGES` or `FLOAT8_RANGES`, any shape.
         scale, zero_point: numbers, or tensors that broadcast with `codes`.
+        compute: the dtype to compute in. None: float32, or float64 where `out_dtype` or the scale is.
     """
-    compute = compute_dtype(out_dtype, scale)
+    compute = compute or compute_dtype(out_dtype, scale)
     if is_wide(codes.dtype):
         distance = (codes.to(torch.int64) - _as(zero_point, torch.int64)).to(compute)
-    else:
-        distance = codes.to(compute) - _as(zero_point, compute)
-    return (distance * _as(scale, compute)).to(out_dtype)
+        return (distance * _as(scale, compute)).to(out_dtype)
+    operands = _as(zero_point, compute), _as(scale, compute)
+    if blocks.can_fill(codes, operands):
+        return blocks.fill(torch.empty_like(codes, dtype=out_dtype), codes, operands, _dequantizer(compute))
+    return ((codes.to(compute) - operands[0]) * operands[1]).to(out_dtype)
 
 
 def quantize_weight(
@@ -130,7 +182,7 @@ def quantize_weight(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`quantize` in blocks of `BLOCK` elements: a weight of any size costs its codes and 4 MiB of temporaries, no more.
+    """`quantize` in blocks: a weight of any size costs its codes and 4 MiB of temporaries, no more.
 
     Args:
         w: the weight, any floating dtype and layout. For groups of ``g`` pass ``w.reshape(-1, g)``, flat qparams and
@@ -141,16 +193,12 @@ def quantize_weight(
     Returns:
         `out`, or a new contiguous tensor of codes.
     """
-    w = w.detach()
     codes = torch.empty(w.shape, dtype=dtype, device=w.device) if out is None else out
     shape = [1] * w.dim()
     if axis is not None:
         shape[axis] = w.shape[axis]
-    scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-    for block in _blocks(w.shape):
-        own = tuple(part if size > 1 else slice(None) for part, size in zip(block, shape, strict=True))
-        codes[block] = quantize(w[block], scale[own], zero_point[own], quant_min, quant_max, dtype)
-    return codes
+    qparams = scale.detach().reshape(shape), zero_point.reshape(shape)
+    return _quantize_into(codes, w.detach(), *qparams, quant_min, quant_max, adds_first=False)
 
 
 def compute_dtype(dtype: torch.dtype, scale: Tensor | float = 1.0) -> torch.dtype:
@@ -162,7 +210,33 @@ def compute_dtype(dtype: torch.dtype, scale: Tensor | float = 1.0) -> torch.dtyp
 
 def is_wide(dtype: torch.dtype) -> bool:
     """Whether codes of `dtype` and their distance from a zero point can be too large to be exact in float32."""
-    return RANGES[dtype][1] >= 1 << 16
+    return dtype in RANGES and RANGES[dtype][1] >= 1 << 16
+
+
+def _quantize_into(
+    codes: Tensor, x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int, adds_first: bool
+) -> Tensor:
+    """`unclamped` and `saturate` in place, block by block."""
+    compute = compute_dtype(x.dtype, scale)
+    wide = torch.float64 if is_wide(codes.dtype) else compute
+    rounds = codes.dtype in RANGES
+
+    def work(block: Tensor, inverse: Any, zero_point: Any) -> Tensor:
+        values = block.to(compute) * inverse
+        if not rounds:
+            return values.sub_(0 - zero_point).clamp_(quant_min, quant_max)
+        if not adds_first:
+            values.round_()
+        values = values.to(wide).add_(zero_point)
+        if adds_first:
+            values.round_()
+        return values.nan_to_num_(nan=quant_min).clamp_(quant_min, quant_max)
+
+    return blocks.fill(codes, x, (_inverse(scale, compute), _as(zero_point, wide)), work)
+
+
+def _dequantizer(compute: torch.dtype) -> Any:
+    return lambda block, zero_point, scale: block.to(compute).sub_(zero_point).mul_(scale)
 
 
 def _inverse(scale: Tensor | float, compute: torch.dtype) -> Tensor | float:
@@ -172,25 +246,9 @@ def _inverse(scale: Tensor | float, compute: torch.dtype) -> Tensor | float:
     return (1.0 / scale.to(wide)).to(compute)
 
 
-def _finite(values: Tensor) -> Tensor:
-    return torch.nan_to_num(values, nan=0.0)
-
-
-def _as(value: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+def _as(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) else value
 
 
-def _blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Index tuples that cut a tensor of that shape into blocks of at most `BLOCK` elements."""
-    if math.prod(shape) <= BLOCK:
-        yield tuple(slice(None) for _ in shape)
-        return
-    row = math.prod(shape[1:])
-    if row > BLOCK:
-        for index in range(shape[0]):
-            for rest in _blocks(shape[1:]):
-                yield slice(index, index + 1), *rest
-        return
-    step = BLOCK // row
-    for start in range(0, shape[0], step):
-        yield slice(start, start + step), *(slice(None) for _ in shape[1:])
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # A file imports only from lower floors (earlier rows), from names left of its own in its row, and from its own folder.
 FLOORS = (
-    ("errors", "numerics", "ops"),
+    ("errors", "blocks", "numerics", "ops"),
     ("modes", "spec", "observer", "fake_quantize", "config", "presets"),
     ("graph",),
     ("rewrite",),

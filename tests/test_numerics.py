@@ -9,7 +9,7 @@ from torch.ao.quantization.utils import determine_qparams
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from qpass import numerics
-from qpass.ops import quantized_decomposed as qd
+from qpass.ops import graph_ops as qd
 
 BOUNDS = [(torch.int8, -128, 127), (torch.int8, -127, 127), (torch.int8, -8, 7), (torch.uint8, 0, 255)]
 

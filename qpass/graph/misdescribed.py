@@ -12,10 +12,10 @@ from torch import fx
 
 from qpass.graph.edit import fake_call, refresh_val
 from qpass.graph.regions import regions
-from qpass.ops import quantized_decomposed
+from qpass.ops import graph_ops
 from qpass.ops.decompositions import table
 
-MISDESCRIBED = quantized_decomposed.choose_qparams_per_token.default
+MISDESCRIBED = graph_ops.choose_qparams_per_token.default
 
 
 def correct_vals(gm: fx.GraphModule) -> int:

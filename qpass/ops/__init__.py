@@ -1,7 +1,8 @@
-"""Operator libraries: `quantized_decomposed`, and what its operators are made of."""
+"""Operator libraries: what graphs carry (`graph_ops`), and the corrected operators (`quantized_decomposed`)."""
 
 from __future__ import annotations
 
-from qpass.ops.decomposed import quantized_decomposed
+from qpass.ops.corrected import quantized_decomposed
+from qpass.ops.decomposed import graph_ops
 
-__all__ = ["quantized_decomposed"]
+__all__ = ["graph_ops", "quantized_decomposed"]

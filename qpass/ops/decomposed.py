@@ -1,4 +1,4 @@
-"""torch.ops.quantized_decomposed, guaranteed to be there: the q/dq operators that exporters and runtimes read.
+"""torch.ops.quantized_decomposed, guaranteed to be there: the q/dq operators that graphs carry and runtimes read.
 
 The operators are torch's or torchao's own wherever either has them; nothing of theirs is overridden. Only where
 neither package exists are they defined here, with the kernels of `qpass.ops.kernels`: defined first by anyone else,
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qpass.ops import kernels
+from qpass.ops import choose, kernels
 
 NAMESPACE = "quantized_decomposed"
 
@@ -48,10 +48,10 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         f"(Tensor input, Tensor scale, Tensor zero_point, {_Q_TENSORS}, {_OUT}) -> Tensor",
         kernels.dequantize_per_tensor,
     ),
-    "choose_qparams.tensor": (f"(Tensor input, {_CHOOSE}) -> (Tensor, Tensor)", kernels.choose_qparams),
+    "choose_qparams.tensor": (f"(Tensor input, {_CHOOSE}) -> (Tensor, Tensor)", choose.choose_qparams),
     "choose_qparams_symmetric.tensor": (
         f"(Tensor input, {_CHOOSE}) -> (Tensor, Tensor)",
-        kernels.choose_qparams_symmetric,
+        choose.choose_qparams_symmetric,
     ),
     "quantize_per_channel": (
         f"(Tensor input, Tensor scales, Tensor zero_points, int axis, {_Q}) -> Tensor",
@@ -63,15 +63,15 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "choose_qparams_per_token": (
         "(Tensor input, ScalarType dtype) -> (Tensor, Tensor)",
-        kernels.choose_qparams_per_token,
+        choose.choose_qparams_per_token,
     ),
     "choose_qparams_per_token_asymmetric": (
         "(Tensor input, ScalarType dtype) -> (Tensor, Tensor)",
-        kernels.choose_qparams_per_token_asymmetric,
+        choose.choose_qparams_per_token_asymmetric,
     ),
     "_choose_qparams_per_token_asymmetric_impl": (
         "(Tensor input, ScalarType dtype) -> (Tensor, Tensor)",
-        kernels.choose_qparams_per_token_asymmetric,
+        choose.choose_qparams_per_token_asymmetric,
     ),
     "quantize_per_token": (
         f"(Tensor input, Tensor scales, Tensor zero_points, {_Q}) -> Tensor",
@@ -89,8 +89,16 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         f"(Tensor input, Tensor scales, Tensor? zero_points, {_Q}, int group_size, ScalarType output_dtype) -> Tensor",
         kernels.dequantize_per_channel_group,
     ),
+    "fake_quant_per_channel": (
+        "(Tensor input, Tensor scales, Tensor zero_points, int axis, int quant_min, int quant_max) -> Tensor",
+        kernels.fake_quant_per_channel,
+    ),
+    "convert_element_type.no_fuse": ("(Tensor input, ScalarType dtype) -> Tensor", kernels.convert_element_type),
 }
 """Overload name (no dot: ``.default``) -> its schema, its kernel in plain ATen."""
+
+IMPLICIT = ("_choose_qparams_per_token_asymmetric_impl", "fake_quant_per_channel")
+"""What torch's autograd is to see through; the others stay whole in exported graphs."""
 
 _lock = threading.Lock()
 _library: torch.library.Library | None = None  # kept alive: its definitions go with it
@@ -109,10 +117,10 @@ def register() -> None:
         _define(_missing())
 
 
-def overload(name: str) -> torch._ops.OpOverload:
+def overload(name: str, namespace: Any = torch.ops.quantized_decomposed) -> torch._ops.OpOverload:
     """The operator of that name: ``"quantize_per_tensor.tensor"``, or without the dot for ``.default``."""
     packet, _, suffix = name.partition(".")
-    found: torch._ops.OpOverload = getattr(getattr(quantized_decomposed, packet), suffix or "default")
+    found: torch._ops.OpOverload = getattr(getattr(namespace, packet), suffix or "default")
     return found
 
 
@@ -133,8 +141,8 @@ def _define(names: list[str]) -> None:
     for name in names:
         schema, kernel = OPERATORS[name]
         _library.define(name + schema)
-        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        _library.impl(name, kernel, "CompositeImplicitAutograd" if name in IMPLICIT else "CompositeExplicitAutograd")
 
 
-quantized_decomposed = torch.ops.quantized_decomposed
+graph_ops = torch.ops.quantized_decomposed
 register()

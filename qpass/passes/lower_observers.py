@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass.blocks import BLOCK
 from qpass.errors import CalibrationError
 from qpass.graph.constants import Constants, Derived, derived_constants, expression
 from qpass.graph.edit import Editor, fake_call, free_name
 from qpass.graph.source import where
-from qpass.numerics import BLOCK, quantize_weight
-from qpass.ops import quantized_decomposed as ops
+from qpass.numerics import quantize_weight
+from qpass.ops import graph_ops as ops
 from qpass.ops.decompositions import table
 from qpass.passes.assign_compute_dtype import COMPUTE_DTYPE
 from qpass.passes.frame import Pass

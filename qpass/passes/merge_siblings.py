@@ -15,7 +15,7 @@ from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor, erase_dead
 from qpass.graph.record import record_of, set_record
 from qpass.graph.source import module_path
-from qpass.ops import quantized_decomposed as ops
+from qpass.ops import graph_ops as ops
 from qpass.passes.annotate import describe
 from qpass.passes.frame import Pass
 from qpass.patterns import Linear

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpass.ops import quantized_decomposed as ops
+from qpass.ops import graph_ops as ops
 from qpass.rewrite.match import normalized
 from qpass.spec import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 

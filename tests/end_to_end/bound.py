@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from qpass.ops import quantized_decomposed as qd
+from qpass.ops import graph_ops as qd
 from qpass.rewrite.match import normalized
 from qpass.rewrite.views import JOINS, MONOTONE, MOVES
 

@@ -11,7 +11,7 @@ from qpass.errors import VerifyError
 from qpass.graph.edit import Editor
 from qpass.graph.record import STAGES
 from qpass.graph.verify import verify
-from qpass.ops import quantized_decomposed as ops
+from qpass.ops import graph_ops as ops
 from road import Do, road
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from qpass.ops import decomposed
-from qpass.ops.decomposed import OPERATORS, overload, quantized_decomposed, register
+from qpass.ops.decomposed import OPERATORS, graph_ops, overload, register
 
 
 def test_the_namespace_is_torchs() -> None:
-    assert quantized_decomposed is torch.ops.quantized_decomposed
+    assert graph_ops is torch.ops.quantized_decomposed
     assert decomposed._library is None  # torch has them all, so nothing was defined here
 
 
@@ -33,7 +33,7 @@ def test_operators_are_defined_where_torch_has_none() -> None:
 import sys, torch
 sys.modules["torch.ao.quantization.fx._decomposed"] = None
 sys.modules["torchao.quantization.pt2e"] = None
-from qpass.ops.decomposed import OPERATORS, overload, quantized_decomposed as qd, _library
+from qpass.ops.decomposed import OPERATORS, overload, graph_ops as qd, _library
 assert _library is not None
 assert all(str(overload(name)._schema) == f"quantized_decomposed::{name}{OPERATORS[name][0]}" for name in OPERATORS)
 x = torch.tensor([0.5, 1.5, -9.0])

@@ -12,7 +12,7 @@ from interpret import operators
 from once import run_once
 from qpass.capture import capture
 from qpass.graph.record import record_of
-from qpass.ops import quantized_decomposed as ops
+from qpass.ops import graph_ops as ops
 from qpass.passes.carry_codes import CarryCodes
 from road import Do, road
 

@@ -15,7 +15,7 @@ from once import run_once
 from qpass.config import Config
 from qpass.errors import StrictError
 from qpass.graph.constants import derived_constants
-from qpass.ops import quantized_decomposed as ops
+from qpass.ops import graph_ops as ops
 from qpass.passes.carry_codes import CarryCodes
 from qpass.passes.lower_islands import LowerIslands
 from road import PER_TOKEN, STATIC, Do, kernel_names, records, road

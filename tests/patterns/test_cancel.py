@@ -6,7 +6,7 @@ from torch import Tensor, fx
 
 from interpret import operators
 from qpass.capture import capture
-from qpass.ops import quantized_decomposed as ops
+from qpass.ops import graph_ops as ops
 from qpass.patterns.cancel import Requantize
 from qpass.rewrite.rule import apply_rules
 from road import Do

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from qpass.capture import capture
 from qpass.graph.constants import Constants
-from qpass.ops import quantized_decomposed as ops
+from qpass.ops import graph_ops as ops
 from qpass.rewrite.island import qparams_op, spec_of, uncast
 from qpass.rewrite.qdq import QParams, as_dequantize, as_quantize, cast_of, only_quantize
 from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec

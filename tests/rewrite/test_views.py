@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpass.capture import capture
-from qpass.ops import quantized_decomposed as ops
+from qpass.ops import graph_ops as ops
 from qpass.rewrite.views import JOINS, MONOTONE, MOVES, carried
 from road import Do
 
