@@ -17,31 +17,21 @@ from qpass.numerics import FLOAT8_RANGES, RANGES
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Scale and zero point in the form in which they broadcast with ``view(x)``; ``back(view(x))`` is `x`.
-
-    `given` are the operator's own arguments: codes and values of one grid are recognised by them.
-    """
+    """Scale and zero point in the form in which they broadcast with ``view(x)``; ``back(view(x))`` is `x`."""
 
     scale: Any
     zero_point: Any
-    given: tuple[Any, ...]
+    adds_first: bool = False
+    group_size: int | None = None
     view: Callable[[Tensor], Tensor] = lambda x: x
     back: Callable[[Tensor], Tensor] = lambda viewed: viewed
-    adds_first: bool = False
-
-    def is_same(self, other: Grid) -> bool:
-        """Whether both were made of the very same tensors and equal numbers."""
-        if len(self.given) != len(other.given):
-            return False
-        pairs = zip(self.given, other.given, strict=True)
-        return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
 
 
 def per_tensor(scale: Any, zero_point: Any) -> Grid:
     """One scale for everything: numbers, or tensors of one element, which like a number do not widen what they meet."""
     if not isinstance(scale, Tensor) and scale == 0:
         raise InputError("The scale is 0, and nothing can be divided by it.")
-    return Grid(_single(scale, "scale"), _single(zero_point, "zero_point"), ("tensor", scale, zero_point))
+    return Grid(_single(scale, "scale"), _single(zero_point, "zero_point"))
 
 
 def per_channel(x: Tensor, scales: Tensor, zero_points: Tensor | None, axis: int) -> Grid:
@@ -52,7 +42,7 @@ def per_channel(x: Tensor, scales: Tensor, zero_points: Tensor | None, axis: int
     size = x.shape[channel]
     _check_count(scales, zero_points, size, f"the {size} indices of dimension {channel}")
     shape = [size if dim == channel else 1 for dim in range(x.dim())]
-    return Grid(scales.reshape(shape), _reshaped(zero_points, shape), ("channel", scales, zero_points, channel))
+    return Grid(scales.reshape(shape), _reshaped(zero_points, shape))
 
 
 def per_token(x: Tensor, scales: Tensor, zero_points: Tensor) -> Grid:
@@ -60,8 +50,7 @@ def per_token(x: Tensor, scales: Tensor, zero_points: Tensor) -> Grid:
     rows = math.prod(x.shape[:-1])  # torch.Size.numel() would turn symbolic sizes into numbers
     _check_count(scales, zero_points, rows, f"{rows} rows")
     shape = (*x.shape[:-1], 1) if x.dim() else ()
-    given = ("token", scales, zero_points)
-    return Grid(scales.reshape(shape), zero_points.reshape(shape), given, adds_first=True)
+    return Grid(scales.reshape(shape), zero_points.reshape(shape), adds_first=True)
 
 
 def per_group(x: Tensor, scales: Tensor, zero_points: Tensor | None, group_size: int) -> Grid:
@@ -84,10 +73,10 @@ def per_group(x: Tensor, scales: Tensor, zero_points: Tensor | None, group_size:
     return Grid(
         scales.reshape(shape),
         _reshaped(zero_points, shape),
-        ("group", scales, zero_points, size),
+        adds_first=True,
+        group_size=size,
         view=lambda x: x.unflatten(-1, (count, size)),
         back=lambda viewed: viewed.flatten(-2),
-        adds_first=True,
     )
 
 

@@ -171,13 +171,8 @@ def _dequantize(
     if codes.dtype != dtype:
         raise InputError(f"Codes are {codes.dtype}, but the operator says {dtype}.")
     check_codes(dtype, quant_min, quant_max)
-    source = straight_through.source_of(codes, grid)
-    scale, zero_point = grid.scale, grid.zero_point
-    if source is not None:
-        scale, zero_point = (v.detach() if isinstance(v, Tensor) else v for v in (scale, zero_point))
-    values = numerics.dequantize(grid.view(codes), scale, zero_point, out_dtype or torch.float32, compute)
-    values = grid.back(values)
-    return values if source is None else source.connect(values)
+    values = numerics.dequantize(grid.view(codes), grid.scale, grid.zero_point, out_dtype or torch.float32, compute)
+    return straight_through.connect(grid.back(values), codes, grid)
 
 
 def _by_scale(scales: Tensor) -> torch.dtype:
