@@ -12,6 +12,7 @@ from qpass.observer.min_max import (
     PerGroupMinMaxObserver,
 )
 from qpass.observer.placeholder import PlaceholderObserver
+from qpass.observer.statistics import StatisticsObserver
 
 __all__ = [
     "HistogramObserver",
@@ -22,4 +23,5 @@ __all__ = [
     "PerChannelMinMaxObserver",
     "PerGroupMinMaxObserver",
     "PlaceholderObserver",
+    "StatisticsObserver",
 ]

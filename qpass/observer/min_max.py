@@ -10,12 +10,13 @@ from torch import Tensor
 
 from qpass.errors import CalibrationError, ConfigError
 from qpass.numerics import EPS, choose_qparams
-from qpass.observer.base import ObserverBase, spec_from_keywords
+from qpass.observer.base import is_eager, spec_from_keywords
 from qpass.observer.extrema import extrema
+from qpass.observer.statistics import StatisticsObserver
 from qpass.spec import PerChannel, PerGroup, PerTensor, QuantizationSpec
 
 
-class RangeObserver(ObserverBase):
+class RangeObserver(StatisticsObserver):
     """Keeps a minimum and a maximum for each scale: float32 buffers `min_val` and `max_val`, +inf and -inf before data.
 
     Both are scalars per tensor; otherwise they take their shape from the first tensor, and are empty before it.
@@ -31,9 +32,8 @@ class RangeObserver(ObserverBase):
         self.register_buffer("max_val", torch.full(shape, -torch.inf))
 
     def observe(self, x: Tensor) -> Tensor:
+        self.take_shape(x)
         low, high, left_out = self.extrema(x)
-        if self.min_val.shape != low.shape:
-            self._take_shape(low)
         new_min, new_max = self.combine(low, high)
         self.min_val.copy_(new_min)
         self.max_val.copy_(new_max)
@@ -47,9 +47,7 @@ class RangeObserver(ObserverBase):
         """The range so far together with that of one more tensor."""
         return torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        if not self.has_data:
-            warnings.warn(f"{type(self).__name__} has seen no data: its scale is 1.", stacklevel=2)
+    def choose_qparams(self) -> tuple[Tensor, Tensor]:
         scale, zero_point = choose_qparams(
             *self.chosen_range(), self.quant_min, self.quant_max, self.spec.symmetric, self.eps
         )
@@ -57,6 +55,12 @@ class RangeObserver(ObserverBase):
         if scale.dim() == 0:
             return scale.reshape(1), zero_point.reshape(1)
         return scale, zero_point
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """scale (float32) and zero_point (int32). Without data they are 1 and the code of zero, with a warning."""
+        if not self.has_data:
+            warnings.warn(f"{type(self).__name__} has seen no data: its scale is 1.", stacklevel=2)
+        return self.choose_qparams()
 
     def chosen_range(self) -> tuple[Tensor, Tensor]:
         """The ends of the range to quantize; 0 and 0 where nothing was seen."""
@@ -68,15 +72,26 @@ class RangeObserver(ObserverBase):
         self.min_val.fill_(torch.inf)
         self.max_val.fill_(-torch.inf)
 
-    def _take_shape(self, low: Tensor) -> None:
+    def take_shape(self, x: Tensor) -> None:
+        shape = self.range_shape(x)
+        if self.min_val.shape == shape:
+            return
         if self.min_val.numel() > 0:
             raise CalibrationError(
                 f"{type(self).__name__} has ranges of shape {tuple(self.min_val.shape)}, "
-                f"but this tensor has {tuple(low.shape)} of them.",
+                f"but this tensor has {tuple(shape)} of them.",
                 hint="observe one tensor with one observer, or reset() it before another",
             )
-        self.min_val.resize_(low.shape).fill_(torch.inf)
-        self.max_val.resize_(low.shape).fill_(-torch.inf)
+        if is_eager(x):
+            self.min_val.resize_(shape).fill_(torch.inf)
+            self.max_val.resize_(shape).fill_(-torch.inf)
+        else:  # a graph may not resize a tensor it was given
+            self.min_val = torch.full(shape, torch.inf, device=self.min_val.device)
+            self.max_val = torch.full(shape, -torch.inf, device=self.max_val.device)
+
+    def range_shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of the ranges of `x`."""
+        return ()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Ranges take the shape that they were saved with."""
@@ -117,12 +132,15 @@ class PerChannelMinMaxObserver(RangeObserver):
         super().__init__(spec_from_keywords(dtype, qscheme, PerChannel(ch_axis), quant_min, quant_max, eps))
         self.ch_axis = ch_axis
 
-    def extrema(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def range_shape(self, x: Tensor) -> tuple[int, ...]:
         if not -x.dim() <= self.ch_axis < x.dim():
             raise ConfigError(
                 f"{type(self).__name__} has ch_axis {self.ch_axis}, but the tensor has {x.dim()} dimensions.",
                 hint="choose the axis of the weight's output channels",
             )
+        return (x.shape[self.ch_axis],)
+
+    def extrema(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return extrema(x, [dim for dim in range(x.dim()) if dim != self.ch_axis % x.dim()])
 
 
@@ -144,12 +162,15 @@ class PerGroupMinMaxObserver(RangeObserver):
         super().__init__(spec_from_keywords(dtype, qscheme, PerGroup(group_size), quant_min, quant_max, eps))
         self.group_size = group_size
 
-    def extrema(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def range_shape(self, x: Tensor) -> tuple[int, ...]:
         if x.dim() == 0 or x.shape[-1] % self.group_size != 0:
             raise ConfigError(
                 f"group_size {self.group_size} does not divide the last dimension of shape {tuple(x.shape)}.",
                 hint="choose a group size that divides it, or PerChannel",
             )
+        return (*x.shape[:-1], x.shape[-1] // self.group_size)
+
+    def extrema(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return extrema(x.unflatten(-1, (-1, self.group_size)), [-1])
 
 

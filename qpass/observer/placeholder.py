@@ -7,11 +7,12 @@ from torch import Tensor
 
 from qpass.errors import CalibrationError
 from qpass.numerics import EPS
-from qpass.observer.base import ObserverBase, spec_from_keywords
+from qpass.observer.base import spec_from_keywords
+from qpass.observer.statistics import StatisticsObserver
 from qpass.spec import PerTensor
 
 
-class PlaceholderObserver(ObserverBase):
+class PlaceholderObserver(StatisticsObserver):
     """Marks a tensor that is quantized dynamically, and counts the tensors that come by: `has_data` says if any did."""
 
     def __init__(
@@ -28,7 +29,7 @@ class PlaceholderObserver(ObserverBase):
     def observe(self, x: Tensor) -> Tensor:
         return torch.zeros_like(self.nonfinite)
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+    def choose_qparams(self) -> tuple[Tensor, Tensor]:
         raise CalibrationError(
             "PlaceholderObserver has no qparams: they are chosen from each tensor at run time.",
             hint="put a choose_qparams operator into the graph instead",

@@ -1,0 +1,68 @@
+"""x -> the values its codes stand for, with a gradient that passes straight through.
+
+With ``u = round(x / s) + z``, ``code = clamp(u, quant_min, quant_max)`` and ``value = (code - z) * s``, by the
+arithmetic of `qpass.numerics`, "inside" meaning that ``u`` lies within the codes:
+
+    d value / d x = 1 inside, 0 outside        (NaN is outside)         Bengio et al. 2013, clipped
+    d value / d s = u - z - x / s inside, code - z outside              Esser et al. 2020 (LSQ)
+
+The gradient is attached by two ATen operators: ``y = where(passes, x, 0)`` has the right gradient and the wrong values,
+and the right values are then written over them through a detached view, which autograd does not see. That is exact:
+``x + (value - x).detach()``, the usual form, rounds, and makes NaN of infinities. It is traced by Dynamo without a
+break and keeps its gradient in an exported graph, where a ``torch.autograd.Function`` leaves only its forward; and
+Inductor fuses all of it into one loop, where a custom operator would be a wall.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qpass import numerics
+from qpass.spec import PerChannel, PerGroup, PerTensor, QuantizationSpec
+
+
+def straight_through(y: Tensor, value: Tensor) -> Tensor:
+    """The values of `value`, bit for bit, with the gradient of `y`: a new tensor that nobody else holds."""
+    y.detach().copy_(value)
+    return y
+
+
+def decoded(
+    x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantizationSpec, adds_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dequantize(quantize(x))``, and what its gradients are made of. Nothing here is differentiated.
+
+    Args:
+        x: fp16, bf16, float32 or float64, any shape.
+        scale, zero_point: broadcast with `x`.
+        adds_first: as in `numerics.quantize`.
+
+    Returns:
+        value: dtype and shape of `x`.
+        inside: bool, where `x` was not clamped.
+        unclamped: the codes before they were clamped, in the dtype that was computed in.
+    """
+    x, scale = x.detach(), scale.detach()
+    low, high = spec.range
+    unclamped = numerics.unclamped(x, scale, zero_point, spec.dtype, adds_first)
+    inside = (unclamped >= low) & (unclamped <= high)
+    # codes of up to 16 bits stay in the floating dtype they were computed in, where they are exact
+    exact = spec.dtype not in numerics.FLOAT8_RANGES and not numerics.is_wide(spec.dtype)
+    codes = numerics.saturate(unclamped, low, high, unclamped.dtype if exact else spec.dtype)
+    return numerics.dequantize(codes, scale, zero_point, x.dtype), inside, unclamped
+
+
+def aligned(x: Tensor, qparam: Tensor, spec: QuantizationSpec) -> Tensor:
+    """`qparam`, shaped as `FakeQuantize` keeps it, as a tensor that broadcasts with ``grouped(x)``."""
+    if isinstance(spec.granularity, PerTensor):
+        return qparam.reshape(())
+    if isinstance(spec.granularity, PerChannel):
+        axis = spec.granularity.axis % x.dim()
+        return qparam.reshape([-1 if dim == axis else 1 for dim in range(x.dim())])
+    return qparam.unsqueeze(-1) if isinstance(spec.granularity, PerGroup) else qparam
+
+
+def grouped(x: Tensor, spec: QuantizationSpec) -> Tensor:
+    """`x` with its groups, if it has any, in a dimension of their own behind the others."""
+    return x.unflatten(-1, (-1, spec.granularity.group_size)) if isinstance(spec.granularity, PerGroup) else x
