@@ -10,6 +10,12 @@ from qpass.fake_quantize.base import (
     enable_observer,
 )
 from qpass.fake_quantize.observed import FakeQuantize
+from qpass.fake_quantize.schedule import (
+    freeze_batch_norm_stats,
+    freeze_observers,
+    update_batch_norm_stats,
+    update_observers,
+)
 
 __all__ = [
     "FakeQuantize",
@@ -18,4 +24,8 @@ __all__ = [
     "disable_observer",
     "enable_fake_quant",
     "enable_observer",
+    "freeze_batch_norm_stats",
+    "freeze_observers",
+    "update_batch_norm_stats",
+    "update_observers",
 ]

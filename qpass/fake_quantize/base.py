@@ -34,7 +34,7 @@ class FakeQuantizeBase(ObserverBase):
         self.register_buffer("observer_enabled", torch.ones(1, dtype=torch.uint8))
 
     @property
-    def spec(self) -> QuantizationSpec:  # type: ignore[override]
+    def spec(self) -> QuantizationSpec:
         return self.activation_post_process.spec
 
     @spec.setter

@@ -15,7 +15,6 @@ Inductor fuses all of it into one loop, where a custom operator would be a wall.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from qpass import numerics
