@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +58,9 @@ class FakeQuantizeBase(ObserverBase):
         """Keep scale and zero point as they are."""
         self.enable_observer(False)
 
+    def take_shape(self, x: Tensor) -> None:
+        self.activation_post_process.take_shape(x)
+
     def reset(self) -> None:
         self.activation_post_process.reset()
 
@@ -74,27 +75,3 @@ class FakeQuantizeBase(ObserverBase):
             return super().extra_repr()
         switches = f"fake_quant={bool(self.fake_quant_enabled)}, observer={bool(self.observer_enabled)}"
         return f"{super().extra_repr()}, {switches}"
-
-
-def enable_fake_quant(module: Any) -> None:
-    """Round from now on, where `module` is a fake-quantize module: for ``model.apply(enable_fake_quant)``."""
-    if isinstance(module, FakeQuantizeBase):
-        module.enable_fake_quant()
-
-
-def disable_fake_quant(module: Any) -> None:
-    """Hand tensors on as they are, where `module` is a fake-quantize module: for ``model.apply``."""
-    if isinstance(module, FakeQuantizeBase):
-        module.disable_fake_quant()
-
-
-def enable_observer(module: Any) -> None:
-    """Observe from now on, where `module` is a fake-quantize module: for ``model.apply``."""
-    if isinstance(module, FakeQuantizeBase):
-        module.enable_observer()
-
-
-def disable_observer(module: Any) -> None:
-    """Keep the scale as it is, where `module` is a fake-quantize module: for ``model.apply``."""
-    if isinstance(module, FakeQuantizeBase):
-        module.disable_observer()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from qpass.errors import ConfigError
 from qpass.fake_quantize.base import FakeQuantizeBase
 from qpass.fake_quantize.rounding import aligned, decoded, grouped, straight_through
+from qpass.fake_quantize.saved import qparam_faults
 from qpass.observer import MovingAverageMinMaxObserver, ObserverBase
 from qpass.observer.base import check_floating, has_values, is_eager
 from qpass.ops import choose
@@ -35,7 +36,7 @@ class FakeQuantize(FakeQuantizeBase):
 
     Attributes:
         scale: float32, ``[1]`` per tensor, ``[C]`` per channel, ``[..., K / group_size]`` per group; 1 before data.
-        zero_point: int32, shaped like `scale`.
+        zero_point: int32 (float32 where the observer's qscheme has float zero points), shaped like `scale`.
 
     Shapes: the first tensor decides the number of channels or groups. Under ``torch.compile`` that may be a compiled
     call (which then compiles once more); before ``torch.export`` call the module once, or `take_shape`.
@@ -69,8 +70,9 @@ class FakeQuantize(FakeQuantizeBase):
         self._register_qparams()
 
     def _register_qparams(self) -> None:
+        whole = not getattr(self.activation_post_process, "float_qparams", False)
         self.register_buffer("scale", torch.ones(1))
-        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32 if whole else torch.float32))
 
     @property
     def ch_axis(self) -> int:
@@ -103,7 +105,7 @@ class FakeQuantize(FakeQuantizeBase):
                 if not self.is_dynamic and observer.has_data:
                     self._take(*observer.choose_qparams(), None)
             return
-        self.take_shape(x)
+        observer.take_shape(x)
         on = self.observer_enabled[0].bool()
         before = [(buffer, buffer.clone()) for buffer in observer.buffers()]
         observer(x)
@@ -117,7 +119,7 @@ class FakeQuantize(FakeQuantizeBase):
         spec = self.spec
         whole = grouped(x, spec)
         scale, zero_point = self.qparams_of(x)
-        value, inside, _ = decoded(whole, scale, zero_point, spec, isinstance(spec.granularity, PerToken))
+        value, inside, _ = decoded(whole, scale, zero_point, spec)
         if on is not None:
             value, inside = torch.where(on, value, whole.detach()), inside | ~on
         elif not (x.requires_grad and torch.is_grad_enabled()):
@@ -147,6 +149,27 @@ class FakeQuantize(FakeQuantizeBase):
         if not isinstance(self.spec.granularity, PerTensor | PerToken):
             self._fit(self.activation_post_process.choose_qparams()[0].shape)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse qparams that cannot be: by the name of their key, and without loading any of this module's own."""
+        faults = list(qparam_faults(self, state_dict, prefix))
+        if faults:
+            error_msgs += faults
+            return
+        if prefix + "scale" in state_dict:
+            self._fit(state_dict[prefix + "scale"].shape)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def choose_qparams(self) -> tuple[Tensor, Tensor]:
         """The scale and the zero point that `forward` rounds with."""
         return self.scale.detach(), self.zero_point
@@ -165,8 +188,9 @@ class FakeQuantize(FakeQuantizeBase):
         for own, new in ((self.scale.detach(), scale), (self.zero_point, zero_point)):
             own.copy_(new if on is None else torch.where(on, new, own))
 
-    def _fit(self, shape: torch.Size) -> None:
-        if self.scale.shape == shape:
+    def _fit(self, shape: Sequence[int]) -> None:
+        """Give scale and zero point that shape."""
+        if self.scale.shape == torch.Size(shape):
             return
         if is_eager(self.scale):
             self.scale.resize_(shape).fill_(1)

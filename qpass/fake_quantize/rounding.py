@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qpass import numerics
-from qpass.spec import PerChannel, PerGroup, PerTensor, QuantizationSpec
+from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
 
 
 def straight_through(y: Tensor, value: Tensor) -> Tensor:
@@ -27,15 +27,15 @@ def straight_through(y: Tensor, value: Tensor) -> Tensor:
     return y
 
 
-def decoded(
-    x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantizationSpec, adds_first: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def decoded(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantizationSpec) -> tuple[Tensor, Tensor, Tensor]:
     """``dequantize(quantize(x))``, and what its gradients are made of. Nothing here is differentiated.
+
+    Zero points of tokens, and those that are no integers, are added before ``x / s + z`` is rounded: the operators for
+    tokens do that, and another order would make no whole codes.
 
     Args:
         x: fp16, bf16, float32 or float64, any shape.
         scale, zero_point: broadcast with `x`.
-        adds_first: as in `numerics.quantize`.
 
     Returns:
         value: dtype and shape of `x`.
@@ -44,6 +44,7 @@ def decoded(
     """
     x, scale = x.detach(), scale.detach()
     low, high = spec.range
+    adds_first = isinstance(spec.granularity, PerToken) or zero_point.is_floating_point()
     unclamped = numerics.unclamped(x, scale, zero_point, spec.dtype, adds_first)
     inside = (unclamped >= low) & (unclamped <= high)
     # codes of up to 16 bits stay in the floating dtype they were computed in, where they are exact

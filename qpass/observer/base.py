@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from qpass.errors import CalibrationError
-from qpass.numerics import EPS, RANGES
-from qpass.spec import Granularity, QuantizationSpec
+from qpass.numerics import EPS
+from qpass.spec import QuantizationSpec
 
 OBSERVED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes that can be observed."""
@@ -118,27 +118,6 @@ class Constructor:
     def with_args(self, **keywords: Any) -> Constructor:
         """The same with more keywords; later ones win."""
         return self.observer.with_args(**{**dict(self.keywords), **keywords})
-
-
-def spec_from_keywords(
-    dtype: torch.dtype,
-    qscheme: torch.qscheme,
-    granularity: Granularity,
-    quant_min: int | None,
-    quant_max: int | None,
-    eps: float | None,
-    is_dynamic: bool = False,
-) -> QuantizationSpec:
-    """The spec that torch.ao's observer keywords describe: there a missing bound means the dtype's, symmetric or not.
-
-    ``qint8 quint8 qint32`` stand for their plain storage dtypes.
-    """
-    dtype = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}.get(dtype, dtype)
-    symmetric = qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
-    low, high = RANGES.get(dtype, (None, None))
-    quant_min = low if quant_min is None else quant_min
-    quant_max = high if quant_max is None else quant_max
-    return QuantizationSpec(dtype, granularity, symmetric, is_dynamic, quant_min, quant_max, eps=eps)
 
 
 def check_floating(x: Tensor, module: nn.Module) -> None:

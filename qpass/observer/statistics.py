@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from qpass.observer.base import ObserverBase, check_floating, has_values
 from qpass.spec import QuantizationSpec
@@ -15,7 +16,7 @@ class StatisticsObserver(ObserverBase):
     Empty tensors are passed over. NaN and infinities never enter the statistics; they are counted in `nonfinite`. The
     statistics are float32 and int64 buffers. Nothing is watched while the tensor has no data (meta device).
 
-    A subclass writes `observe(x)`, which updates its buffers in place and returns how many values it left out.
+    A subclass writes `observe(x)`, which updates its buffers in place.
 
     Attributes:
         batches: int64 scalar, tensors seen that held a finite value.
@@ -41,17 +42,25 @@ class StatisticsObserver(ObserverBase):
             CalibrationError: `x` is not of a floating dtype.
         """
         check_floating(x, self)
-        if x.numel() > 0 and has_values(x, self.batches):
-            left_out = self.observe(
-                x.detach()
-            )  # no gradient from here on, and no grad-mode region in an exported graph
+        alone = self.process_group is None
+        if has_values(x, self.batches) and (guard_or_true(x.numel() > 0) or not alone):
+            # detached: no gradient from here on, and no grad-mode region in an exported graph
+            left_out, seen = self.observe(x.detach())
             self.nonfinite.add_(left_out)
-            self.batches.add_((left_out < x.numel()).to(torch.int64))
+            self.batches.add_(seen.to(torch.int64))
         return x
 
-    def observe(self, x: Tensor) -> Tensor:
-        """Take `x` into the statistics; return how many values were left out, being not finite (int64 scalar)."""
+    def observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Take `x`, which may be empty, into the statistics.
+
+        Returns:
+            how many values were left out, being not finite (int64 scalar), and whether any was taken (bool scalar).
+        """
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        counts = "" if self.batches.is_meta else f", batches={int(self.batches)}, nonfinite={int(self.nonfinite)}"
+        return super().extra_repr() + counts
 
     def reset(self) -> None:
         self.batches.zero_()
