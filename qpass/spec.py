@@ -13,7 +13,6 @@ from qpass.errors import ConfigError, near
 from qpass.numerics import RANGES
 
 if TYPE_CHECKING:
-    from qpass.fake_quantize import FakeQuantizeBase
     from qpass.observer import ObserverBase
 
 
@@ -111,23 +110,21 @@ class QuantizationSpec:
             return torch.per_channel_symmetric if self.symmetric else torch.per_channel_affine
         return torch.per_tensor_symmetric if self.symmetric else torch.per_tensor_affine
 
-    def make_observer(self) -> ObserverBase | FakeQuantizeBase:
-        """A fresh observer (or fake-quantize module) for one tensor, with ``observer.spec is self``.
+    def make_observer(self) -> ObserverBase:
+        """A fresh observer for one tensor, with ``observer.spec is self``.
 
         Without an `observer` of its own a spec gets: dynamic -> PlaceholderObserver, per tensor -> HistogramObserver,
         per channel -> PerChannelMinMaxObserver, per group -> PerGroupMinMaxObserver.
 
         Raises:
-            ConfigError: `observer` made something that is neither.
+            ConfigError: `observer` made something that is not an ObserverBase.
         """
-        # Observers are built on specs, so the way back is taken at call time.
-        from qpass import fake_quantize
-        from qpass import observer as observers
+        from qpass import observer as observers  # observers are built on specs, so the way back is taken at call time
 
         keywords: dict[str, Any] = {"dtype": self.dtype, "qscheme": self.qscheme}
         keywords |= {"quant_min": self.quant_min, "quant_max": self.quant_max}
         keywords["eps"] = torch.finfo(torch.float32).eps if self.eps is None else self.eps
-        constructor: Callable[..., Any]
+        constructor: Callable[..., ObserverBase]
         if isinstance(self.granularity, PerChannel):
             constructor = observers.PerChannelMinMaxObserver
             keywords["ch_axis"] = self.granularity.axis
@@ -139,14 +136,14 @@ class QuantizationSpec:
         if self.dynamic:
             constructor = observers.PlaceholderObserver
             keywords["is_dynamic"] = True
-        observer: ObserverBase | FakeQuantizeBase = (self.observer or constructor)(**keywords)
-        if not isinstance(observer, (observers.ObserverBase, fake_quantize.FakeQuantizeBase)):
+        observer: ObserverBase = (self.observer or constructor)(**keywords)
+        if not isinstance(observer, observers.ObserverBase):
             kind = f"{type(observer).__module__}.{type(observer).__qualname__}"
             raise ConfigError(
                 f"QuantizationSpec observer made a {kind}, which is not a qpass observer.",
                 hint="use a class of qpass.observer, or derive one from qpass.observer.ObserverBase",
             )
-        observer.spec = self  # type: ignore[misc]
+        observer.spec = self
         return observer
 
 

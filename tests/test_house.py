@@ -37,7 +37,7 @@ FLOORS = (
     ("__init__", "__main__"),  # the doors: `import qpass`, `python -m qpass`
 )
 ORDER = [unit for floor in FLOORS for unit in floor]
-WAYS_BACK = {("spec", "observer"), ("spec", "fake_quantize")}  # they are built on a spec, and a spec makes its own
+WAYS_BACK = {("spec", "observer")}  # an observer is built on a spec, and a spec makes its observer
 
 OPTIONAL = ("matplotlib", "nncf", "onnx", "onnxruntime", "openvino", "rich", "sklearn", "torchao", "transformers")
 

@@ -1,76 +1,68 @@
-"""x -> dequantize(quantize(x)): the values of a q/dq pair, bit for bit, and the straight-through gradient.
+"""x -> the values its codes stand for, with a gradient that passes straight through.
 
-The derivative of rounding is 0 almost everywhere, which would teach nothing. The straight-through estimator (Bengio et
-al. 2013, https://arxiv.org/abs/1308.3432) takes 1 inside the range and 0 where the code is clamped.
+With ``u = round(x / s) + z``, ``code = clamp(u, quant_min, quant_max)`` and ``value = (code - z) * s``, by the
+arithmetic of `qpass.numerics`, "inside" meaning that ``u`` lies within the codes:
 
-It is written as an ``autograd.Function`` over plain ATen: Dynamo traces it into the one graph, export too, Inductor
-fuses it into its neighbours, ``vmap`` maps it, and only a mask is kept for the backward pass. The common formulation
-``x + (rounded - x).detach()`` is none of this library's: its sum is not the rounded value to the last bit.
+    d value / d x = 1 inside, 0 outside        (NaN is outside)         Bengio et al. 2013, clipped
+    d value / d s = u - z - x / s inside, code - z outside              Esser et al. 2020 (LSQ)
+
+The gradient is attached by two ATen operators: ``y = where(passes, x, 0)`` has the right gradient and the wrong values,
+and the right values are then written over them through a detached view, which autograd does not see. That is exact:
+``x + (value - x).detach()``, the usual form, rounds, and makes NaN of infinities. It is traced by Dynamo without a
+break and keeps its gradient in an exported graph, where a ``torch.autograd.Function`` leaves only its forward; and
+Inductor fuses all of it into one loop, where a custom operator would be a wall.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from qpass import numerics
-from qpass.spec import Granularity, PerChannel, PerGroup, PerToken
+from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, granularity: Granularity
-) -> Tensor:
-    """The values that x has after ``quantize`` and ``dequantize``, in the dtype of x.
+def straight_through(y: Tensor, value: Tensor) -> Tensor:
+    """The values of `value`, bit for bit, with the gradient of `y`: a new tensor that nobody else holds."""
+    y.detach().copy_(value)
+    return y
+
+
+def decoded(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantizationSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """``dequantize(quantize(x))``, and what its gradients are made of. Nothing here is differentiated.
+
+    Zero points of tokens, and those that are no integers, are added before ``x / s + z`` is rounded: the operators for
+    tokens do that, and another order would make no whole codes.
 
     Args:
-        x: float16, bfloat16, float32 or float64, any shape.
-        scale, zero_point: one element per tensor; ``[C]`` per channel; ``[..., K / group_size]`` per group;
-            ``[..., 1]`` per token.
+        x: fp16, bf16, float32 or float64, any shape.
+        scale, zero_point: broadcast with `x`.
 
     Returns:
-        shaped like x. The gradient of x passes where the code lies within ``quant_min..quant_max`` before it is
-        clamped; scale and zero_point have none.
+        value: dtype and shape of `x`.
+        inside: bool, where `x` was not clamped.
+        unclamped: the codes before they were clamped, in the dtype that was computed in.
     """
-    grouped, scale, zero_point = aligned(x, scale, zero_point, granularity)
-    rounded, _ = StraightThrough.apply(grouped, scale, zero_point, quant_min, quant_max)
-    return rounded.reshape(x.shape)
+    x, scale = x.detach(), scale.detach()
+    low, high = spec.range
+    adds_first = isinstance(spec.granularity, PerToken) or zero_point.is_floating_point()
+    unclamped = numerics.unclamped(x, scale, zero_point, spec.dtype, adds_first)
+    inside = (unclamped >= low) & (unclamped <= high)
+    # codes of up to 16 bits stay in the floating dtype they were computed in, where they are exact
+    exact = spec.dtype not in numerics.FLOAT8_RANGES and not numerics.is_wide(spec.dtype)
+    codes = numerics.saturate(unclamped, low, high, unclamped.dtype if exact else spec.dtype)
+    return numerics.dequantize(codes, scale, zero_point, x.dtype), inside, unclamped
 
 
-def aligned(x: Tensor, scale: Tensor, zero_point: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor, Tensor]:
-    """x with a dimension for its groups, if it has any, and qparams that broadcast with it."""
-    if isinstance(granularity, PerChannel):
-        shape = [1] * x.dim()
-        shape[granularity.axis] = -1
-        return x, scale.reshape(shape), zero_point.reshape(shape)
-    if isinstance(granularity, PerGroup):
-        return x.unflatten(-1, (-1, granularity.group_size)), scale.unsqueeze(-1), zero_point.unsqueeze(-1)
-    if isinstance(granularity, PerToken):
-        return x, scale, zero_point
-    return x, scale.reshape(()), zero_point.reshape(())
+def aligned(x: Tensor, qparam: Tensor, spec: QuantizationSpec) -> Tensor:
+    """`qparam`, shaped as `FakeQuantize` keeps it, as a tensor that broadcasts with ``grouped(x)``."""
+    if isinstance(spec.granularity, PerTensor):
+        return qparam.reshape(())
+    if isinstance(spec.granularity, PerChannel):
+        axis = spec.granularity.axis % x.dim()
+        return qparam.reshape([-1 if dim == axis else 1 for dim in range(x.dim())])
+    return qparam.unsqueeze(-1) if isinstance(spec.granularity, PerGroup) else qparam
 
 
-class StraightThrough(torch.autograd.Function):
-    """``(codes - zero_point) * scale`` and the mask of what was not clamped; the arithmetic is `qpass.numerics`'s."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
-        compute = numerics.compute_dtype(x.dtype, scale)
-        inverse = (1.0 / scale).to(compute)
-        codes = torch.round(x.to(compute) * inverse) + zero_point.to(compute)
-        inside = (codes >= quant_min) & (codes <= quant_max)
-        codes = numerics.saturate(codes, quant_min, quant_max, compute)
-        return ((codes - zero_point.to(compute)) * scale.to(compute)).to(x.dtype), inside
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
-        (inside,) = ctx.saved_tensors
-        return torch.where(inside, gradient, 0.0), None, None, None, None
+def grouped(x: Tensor, spec: QuantizationSpec) -> Tensor:
+    """`x` with its groups, if it has any, in a dimension of their own behind the others."""
+    return x.unflatten(-1, (-1, spec.granularity.group_size)) if isinstance(spec.granularity, PerGroup) else x

@@ -6,40 +6,39 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from qpass.fake_quantize.base import FakeQuantizeBase
-from qpass.modes import Statistics
 
 
-def freeze_observers(model: nn.Module) -> None:
-    """Keep every scale and zero point as it is from now on, in training too."""
-    for module in model.modules():
-        if isinstance(module, FakeQuantizeBase):
-            module.disable_observer()
+def freeze_observers(module: nn.Module) -> None:
+    """Keep every scale and zero point inside `module` as it is from now on, in training too."""
+    for part in module.modules():
+        if isinstance(part, FakeQuantizeBase):
+            part.disable_observer()
 
 
-def update_observers(model: nn.Module) -> None:
+def update_observers(module: nn.Module) -> None:
     """Undo `freeze_observers`."""
-    for module in model.modules():
-        if isinstance(module, FakeQuantizeBase):
-            module.enable_observer()
+    for part in module.modules():
+        if isinstance(part, FakeQuantizeBase):
+            part.enable_observer()
 
 
-def freeze_batch_norm_stats(model: nn.Module) -> None:
+def freeze_batch_norm_stats(module: nn.Module) -> None:
     """Normalise by the running statistics from now on, and leave them as they are, in training too.
 
-    A torch batch norm is put into evaluation mode for this, which a later ``model.train()`` undoes; those of a
-    prepared model stay frozen.
+    A module inside `module` that has a method of this name is told by it. A torch batch norm is put into evaluation
+    mode, which a later ``module.train()`` undoes.
     """
-    for module in model.modules():
-        if isinstance(module, Statistics):
-            module.freeze_batch_norm_stats()
-        elif isinstance(module, _NormBase):
-            module.eval()
+    _tell_batch_norms(module, "freeze_batch_norm_stats", training=False)
 
 
-def update_batch_norm_stats(model: nn.Module) -> None:
+def update_batch_norm_stats(module: nn.Module) -> None:
     """Undo `freeze_batch_norm_stats`."""
-    for module in model.modules():
-        if isinstance(module, Statistics):
-            module.update_batch_norm_stats()
-        elif isinstance(module, _NormBase):
-            module.train()
+    _tell_batch_norms(module, "update_batch_norm_stats", training=True)
+
+
+def _tell_batch_norms(module: nn.Module, method: str, training: bool) -> None:
+    for part in module.modules():
+        if callable(getattr(part, method, None)):
+            getattr(part, method)()
+        elif isinstance(part, _NormBase):
+            part.train(training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qpass.observer.base import ObserverBase
+from qpass.observer.fixed import FixedQParamsObserver
 from qpass.observer.histogram import HistogramObserver
 from qpass.observer.min_max import (
     MinMaxObserver,
@@ -11,15 +12,59 @@ from qpass.observer.min_max import (
     PerChannelMinMaxObserver,
     PerGroupMinMaxObserver,
 )
-from qpass.observer.placeholder import PlaceholderObserver
+from qpass.observer.mse import PerChannelMSEObserver
+from qpass.observer.percentile import PercentileObserver
+from qpass.observer.placeholder import NoopObserver, PlaceholderObserver, RecordingObserver, ReuseInputObserver
+from qpass.observer.presets import (
+    default_affine_fixed_qparams_observer,
+    default_debug_observer,
+    default_dynamic_quant_observer,
+    default_fixed_qparams_range_0to1_observer,
+    default_fixed_qparams_range_neg1to1_observer,
+    default_float_qparams_observer,
+    default_float_qparams_observer_4bit,
+    default_histogram_observer,
+    default_observer,
+    default_per_channel_weight_observer,
+    default_placeholder_observer,
+    default_reuse_input_observer,
+    default_symmetric_fixed_qparams_observer,
+    default_weight_observer,
+    per_channel_weight_observer_range_neg_127_to_127,
+    weight_observer_range_neg_127_to_127,
+)
+from qpass.observer.statistics import StatisticsObserver
 
 __all__ = [
+    "FixedQParamsObserver",
     "HistogramObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
+    "NoopObserver",
     "ObserverBase",
+    "PerChannelMSEObserver",
     "PerChannelMinMaxObserver",
     "PerGroupMinMaxObserver",
+    "PercentileObserver",
     "PlaceholderObserver",
+    "RecordingObserver",
+    "ReuseInputObserver",
+    "StatisticsObserver",
+    "default_affine_fixed_qparams_observer",
+    "default_debug_observer",
+    "default_dynamic_quant_observer",
+    "default_fixed_qparams_range_0to1_observer",
+    "default_fixed_qparams_range_neg1to1_observer",
+    "default_float_qparams_observer",
+    "default_float_qparams_observer_4bit",
+    "default_histogram_observer",
+    "default_observer",
+    "default_per_channel_weight_observer",
+    "default_placeholder_observer",
+    "default_reuse_input_observer",
+    "default_symmetric_fixed_qparams_observer",
+    "default_weight_observer",
+    "per_channel_weight_observer_range_neg_127_to_127",
+    "weight_observer_range_neg_127_to_127",
 ]

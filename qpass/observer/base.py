@@ -1,4 +1,4 @@
-"""x -> x, and a note of what was seen: what every observer has in common."""
+"""x -> x, and an answer how to quantize it: what every observer has in common, one that rounds included."""
 
 from __future__ import annotations
 
@@ -11,36 +11,30 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from qpass.errors import CalibrationError
-from qpass.numerics import EPS, RANGES
-from qpass.spec import Granularity, QuantizationSpec
+from qpass.numerics import EPS
+from qpass.spec import QuantizationSpec
 
 OBSERVED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes that can be observed."""
 
 
 class ObserverBase(nn.Module):
-    """Watches one tensor. `forward` returns the very tensor it was given; `calculate_qparams` says how to quantize it.
+    """Stands on one tensor, and answers how to quantize it.
 
-    Empty tensors are passed over. NaN and infinities never enter the statistics; they are counted in `nonfinite`. The
-    statistics are float32 and int64 buffers, and stay so when the module is cast. Nothing is watched while the tensor
-    has no data (meta device).
-
-    A subclass writes `observe(x)`, which updates its buffers in place and returns how many values it left out.
+    A subclass writes `forward(x)` and `choose_qparams()`. Buffers and parameters move between devices but are never
+    cast: ``model.bfloat16()`` must not round them.
 
     Attributes:
         spec: the QuantizationSpec that `calculate_qparams` answers for.
-        batches: int64 scalar, tensors seen that held a finite value.
-        nonfinite: int64 scalar, NaN and infinities left out.
+        process_group: name of the group over which statistics are reduced; None: every process has its own.
     """
 
-    batches: Tensor
-    nonfinite: Tensor
+    spec: QuantizationSpec
+    process_group: str | None = None
 
     def __init__(self, spec: QuantizationSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
 
     @classmethod
     def with_args(cls, **keywords: Any) -> Constructor:
@@ -73,69 +67,52 @@ class ObserverBase(nn.Module):
 
     @property
     def has_data(self) -> bool:
-        """Whether a finite value was seen since construction or `reset`."""
-        return bool(self.batches > 0)
+        """Whether `calculate_qparams` rests on data, or needs none."""
+        return bool(self.seen())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` itself, after a look at it.
+    def seen(self) -> Tensor:
+        """`has_data` as a bool scalar, for graphs that cannot branch on it."""
+        return torch.tensor(True)
 
-        Raises:
-            CalibrationError: `x` is not of a floating dtype.
-        """
-        if x.dtype not in OBSERVED:
-            raise CalibrationError(
-                f"{type(self).__name__} cannot observe a tensor of {x.dtype}: only floating values are quantized.",
-                hint="leave this operator in float: config.keep_float(...)",
-            )
-        if x.numel() > 0 and has_values(x, self.batches):
-            left_out = self.observe(
-                x.detach()
-            )  # no gradient from here on, and no grad-mode region in an exported graph
-            self.nonfinite.add_(left_out)
-            self.batches.add_((left_out < x.numel()).to(torch.int64))
-        return x
+    def take_shape(self, x: Tensor) -> None:
+        """Give the buffers the shape that tensors like `x` need, before the first of them is observed."""
 
-    def observe(self, x: Tensor) -> Tensor:
-        """Take `x` into the statistics; return how many values were left out, being not finite (int64 scalar)."""
+    def choose_qparams(self) -> tuple[Tensor, Tensor]:
+        """`calculate_qparams` without a look at any value, so that it can be traced."""
         raise NotImplementedError
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """scale (float32) and zero_point (int32): one element per tensor, else shaped by the granularity.
-
-        Without data they are 1 and the code of zero, with a warning.
-        """
-        raise NotImplementedError
+        """scale (float32) and zero_point (int32): one element per tensor, else shaped by the granularity."""
+        return self.choose_qparams()
 
     def reset(self) -> None:
         """Forget everything seen."""
-        self.batches.zero_()
-        self.nonfinite.zero_()
+
+    def reset_parameters(self) -> None:
+        """The state of a new module, written in place: what ``to_empty`` after construction on meta leaves undone."""
+        self.reset()
 
     def extra_repr(self) -> str:
         granularity = type(self.spec.granularity).__name__
         return f"{granularity}, {self.dtype}, {self.quant_min}..{self.quant_max}, symmetric={self.spec.symmetric}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Statistics move between devices, but are not cast: ``model.bfloat16()`` must not round them."""
-        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
-
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(move, recurse)
-        assert all(self._buffers[name].dtype == dtype for name, dtype in dtypes.items())  # type: ignore[union-attr]
         return self
 
 
 @dataclass(frozen=True)
 class Constructor:
-    """An observer or fake-quantize class and some of its keywords: what their `with_args` returns."""
+    """An observer class and some of its keywords: what `ObserverBase.with_args` returns."""
 
-    observer: type[Any]
+    observer: type[ObserverBase]
     keywords: tuple[tuple[str, Any], ...]
 
-    def __call__(self, **keywords: Any) -> Any:
+    def __call__(self, **keywords: Any) -> ObserverBase:
         return self.observer(**{**dict(self.keywords), **keywords})
 
     def with_args(self, **keywords: Any) -> Constructor:
@@ -143,25 +120,17 @@ class Constructor:
         return self.observer.with_args(**{**dict(self.keywords), **keywords})
 
 
-def spec_from_keywords(
-    dtype: torch.dtype,
-    qscheme: torch.qscheme,
-    granularity: Granularity,
-    quant_min: int | None,
-    quant_max: int | None,
-    eps: float | None,
-    is_dynamic: bool = False,
-) -> QuantizationSpec:
-    """The spec that torch.ao's observer keywords describe: there a missing bound means the dtype's, symmetric or not.
+def check_floating(x: Tensor, module: nn.Module) -> None:
+    """Refuse what is not quantized.
 
-    ``qint8 quint8 qint32`` stand for their plain storage dtypes.
+    Raises:
+        CalibrationError: `x` is not of a floating dtype.
     """
-    dtype = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}.get(dtype, dtype)
-    symmetric = qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
-    low, high = RANGES.get(dtype, (None, None))
-    quant_min = low if quant_min is None else quant_min
-    quant_max = high if quant_max is None else quant_max
-    return QuantizationSpec(dtype, granularity, symmetric, is_dynamic, quant_min, quant_max, eps=eps)
+    if x.dtype not in OBSERVED:
+        raise CalibrationError(
+            f"{type(module).__name__} cannot observe a tensor of {x.dtype}: only floating values are quantized.",
+            hint="leave this operator in float: config.keep_float(...)",
+        )
 
 
 def has_values(x: Tensor, statistics: Tensor) -> bool:
@@ -172,7 +141,8 @@ def has_values(x: Tensor, statistics: Tensor) -> bool:
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether Python may branch on values of `x`: no trace, no fake tensor, no dispatch mode is at work."""
+    """Whether Python may branch on values of `x`: no trace, fake tensor, dispatch mode or function transform is at
+    work."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return False
-    return torch._C._len_torch_dispatch_stack() == 0
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None

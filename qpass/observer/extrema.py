@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn.functional import pad
 
 from qpass.observer.base import is_eager
 
@@ -23,13 +25,20 @@ def extrema(x: Tensor, dims: Sequence[int] | None = None) -> tuple[Tensor, Tenso
         left_out: int64 scalar. A float64 value beyond float32's range counts as not finite.
     """
     dims = tuple(range(x.dim())) if dims is None else tuple(dims)
-    if is_eager(x):
+    # an exported program takes batches of any size, also where the symbol was traced as if it were at least 2
+    filled = statically_known_true(x.numel() > 0) and not torch.compiler.is_exporting()
+    if filled and is_eager(x):
         low, high = _reduce(x, x, dims)
         if bool((low.isfinite() & high.isfinite()).all()):
             return low, high, torch.zeros((), dtype=torch.int64, device=x.device)
     usable = finite(x)
-    low, high = _reduce(torch.where(usable, x, torch.inf), torch.where(usable, x, -torch.inf), dims)
-    return low, high, (~usable).sum()
+    left_out = (~usable).sum()
+    for_low, for_high = torch.where(usable, x, torch.inf), torch.where(usable, x, -torch.inf)
+    if not filled:  # nothing has no minimum; one value more, the neutral one, makes no difference elsewhere
+        for_low, for_high = _with_one_more(for_low, dims, torch.inf), _with_one_more(for_high, dims, -torch.inf)
+        dims = (-1,)
+    low, high = _reduce(for_low, for_high, dims)
+    return low, high, left_out
 
 
 def finite(x: Tensor) -> Tensor:
@@ -43,3 +52,9 @@ def _reduce(for_low: Tensor, for_high: Tensor, dims: tuple[int, ...]) -> tuple[T
     else:
         low, high = for_low.amin(dims), for_high.amax(dims)
     return low.to(torch.float32), high.to(torch.float32)
+
+
+def _with_one_more(x: Tensor, dims: tuple[int, ...], value: float) -> Tensor:
+    """`x` with `dims` flattened into the last dimension, and `value` behind its elements."""
+    kept = [dim for dim in range(x.dim()) if dim not in dims]
+    return pad(x.permute(*kept, *dims).flatten(len(kept)) if dims else x.unsqueeze(-1), (0, 1), value=value)

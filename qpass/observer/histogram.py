@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qpass.errors import ConfigError
 from qpass.numerics import EPS
-from qpass.observer.base import is_eager, spec_from_keywords
-from qpass.observer.extrema import extrema, finite
+from qpass.observer.base import is_eager
+from qpass.observer.extrema import finite
+from qpass.observer.keywords import spec_from_keywords
 from qpass.observer.least_error import least_error_range
 from qpass.observer.min_max import RangeObserver
+from qpass.observer.over_ranks import sum_over_ranks
 from qpass.spec import PerTensor
 
 CHUNK = 1 << 15
@@ -38,19 +42,24 @@ class HistogramObserver(RangeObserver):
         bins: int = 2048,
         dtype: torch.dtype = torch.uint8,
         qscheme: torch.qscheme = torch.per_tensor_affine,
+        reduce_range: bool = False,
         quant_min: int | None = None,
         quant_max: int | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
         eps: float = EPS,
         is_dynamic: bool = False,
     ) -> None:
-        super().__init__(spec_from_keywords(dtype, qscheme, PerTensor(), quant_min, quant_max, eps, is_dynamic))
+        spec = spec_from_keywords(dtype, qscheme, PerTensor(), quant_min, quant_max, eps, is_dynamic, reduce_range)
+        super().__init__(spec)
         if bins < 16:
             raise ConfigError(f"HistogramObserver needs at least 16 bins, not {bins}.")
         self.bins = bins
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.int64))
+        if factory_kwargs and factory_kwargs.get("device") is not None:
+            self.to(factory_kwargs["device"])
 
-    def observe(self, x: Tensor) -> Tensor:
-        low, high, left_out = extrema(x)
+    def observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low, high, left_out = self.agreed_extrema(x)
         new_min, new_max = self.combine(low, high)
         unchanged = is_eager(x) and bool((new_min == self.min_val) & (new_max == self.max_val))
         if not unchanged:
@@ -58,14 +67,9 @@ class HistogramObserver(RangeObserver):
             self.min_val.copy_(new_min)
             self.max_val.copy_(new_max)
             self.histogram.copy_(self._moved(old_range))
-        if not is_eager(x):
-            self.histogram.add_(self._count_masked(x))
-            return left_out
-        scale, first = (float(number) for number in self._scale_and_first_bin())
-        for chunk in (_flat(x) if left_out == 0 else x[finite(x)]).split(CHUNK):
-            index = _bin_of(chunk, scale, first, self.bins).to(torch.int32)
-            self.histogram.add_(torch.bincount(index, minlength=self.bins))
-        return left_out
+        counts = self._count(x, left_out) if is_eager(x) else self._count_masked(x)
+        self.histogram.add_(counts if self.process_group is None else sum_over_ranks(counts, self.process_group))
+        return left_out, low <= high
 
     def seen_range(self) -> tuple[Tensor, Tensor]:
         """All that was seen, before any of it is given up."""
@@ -74,12 +78,16 @@ class HistogramObserver(RangeObserver):
     def chosen_range(self) -> tuple[Tensor, Tensor]:
         """The ends of the range of least error."""
         low, high = self.seen_range()
+        return least_error_range(
+            self.histogram, self.edges(), low, high, *self.spec.range, self.spec.symmetric, self.eps
+        )
+
+    def edges(self) -> Tensor:
+        """The edges of the bins: float64 ``[bins + 1]``, exact."""
+        low, high = self.seen_range()
         exponent = self._exponent(low, high)
         width = _power_of_two(exponent).to(torch.float64)
-        edges = (_first_bin(low, exponent) + torch.arange(self.bins + 1, device=low.device)) * width
-        return least_error_range(
-            self.histogram, edges, low, high, self.quant_min, self.quant_max, self.spec.symmetric, self.eps
-        )
+        return (_first_bin(low, exponent) + torch.arange(self.bins + 1, device=low.device)) * width
 
     def reset(self) -> None:
         super().reset()
@@ -106,6 +114,14 @@ class HistogramObserver(RangeObserver):
         low, high = self.seen_range()
         exponent = self._exponent(low, high)
         return _power_of_two(-exponent), _first_bin(low, exponent).to(torch.float32)
+
+    def _count(self, x: Tensor, left_out: Tensor) -> Tensor:
+        scale, first = (float(number) for number in self._scale_and_first_bin())
+        counts = torch.zeros_like(self.histogram)
+        for chunk in (_flat(x) if left_out == 0 else x[finite(x)]).split(CHUNK):
+            index = _bin_of(chunk, scale, first, self.bins).to(torch.int32)
+            counts.add_(torch.bincount(index, minlength=self.bins))
+        return counts
 
     def _count_masked(self, x: Tensor) -> Tensor:
         """Counts under a trace, where values that are not finite cannot be dropped: they go to a bin too many."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qpass.numerics import choose_qparams
+from qpass.observer.base import is_eager
 
 FRACTIONS = torch.logspace(0, -6, 49, base=2, dtype=torch.float64)
 """Parts of the full range that are tried: 1 down to 1/64, each 8.3 % less than the one before."""
@@ -42,12 +43,13 @@ def least_error_range(
     Returns:
         the two ends, float32 scalars.
     """
-    used = histogram.nonzero()
-    if used.numel() == 0:
-        return low, high
-    first, last = int(used[0]), int(used[-1])
-    counts = histogram[first : last + 1].to(torch.float64)
-    edges = edges[first : last + 2]
+    if is_eager(histogram):  # leave out the empty bins at the ends, which cost time and change nothing
+        used = histogram.nonzero()
+        if used.numel() == 0:
+            return low, high
+        first, last = int(used[0]), int(used[-1])
+        histogram, edges = histogram[first : last + 1], edges[first : last + 2]
+    counts = histogram.to(torch.float64)
 
     def errors(lows: Tensor, highs: Tensor) -> Tensor:
         scale, zero_point = choose_qparams(lows, highs, quant_min, quant_max, symmetric, eps)
@@ -62,13 +64,17 @@ def least_error_range(
     best_low, best_high = full_low, full_high
     least = errors(best_low[None], best_high[None])[0]
     moves = ((True, True),) if symmetric else ((True, True), (False, True), (True, False))
-    for factors in (FRACTIONS.to(low.device), FINE.to(low.device)):
+    for factors, around_best in ((FRACTIONS.to(low.device), False), (FINE.to(low.device), True)):
         for move_low, move_high in moves:
-            base_low, base_high = (best_low, best_high) if factors[0] > 1 else (full_low, full_high)
+            base_low, base_high = (best_low, best_high) if around_best else (full_low, full_high)
             lows = (base_low * factors).clamp(min=full_low) if move_low else best_low.expand_as(factors)
             highs = (base_high * factors).clamp(max=full_high) if move_high else best_high.expand_as(factors)
             found = errors(lows, highs)
             index = found.argmin()
-            if found[index] < least:
-                least, best_low, best_high = found[index], lows[index], highs[index]
+            better = found[index] < least
+            least = torch.where(better, found[index], least)
+            best_low, best_high = (
+                torch.where(better, lows[index], best_low),
+                torch.where(better, highs[index], best_high),
+            )
     return best_low.to(torch.float32), best_high.to(torch.float32)
