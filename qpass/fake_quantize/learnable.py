@@ -24,7 +24,8 @@ class LearnableFakeQuantize(FakeQuantize):
         g = 1 / sqrt(N * Q)
 
     with ``N`` the values that share the scale and ``Q`` the positive codes: ``quant_max`` minus the middle of the codes
-    for a symmetric spec, ``quant_max - quant_min`` for an affine one. The zero point is not trained.
+    for a symmetric spec, ``quant_max - quant_min`` for an affine one. The zero point is not trained. (The paper asks
+    whether ``x / s`` itself lies within the codes, which differs in the last half step at either end.)
 
     The first tensor seen in training sets scale and zero point as its observer says, and with that the observer
     switches itself off; ``enable_observer`` lets the next tensor set them again. Where the optimizer takes the scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -175,8 +176,10 @@ class FakeQuantize(FakeQuantizeBase):
         return self.scale.detach(), self.zero_point
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """The scale and the zero point that `forward` rounds with; before data, what the observer says then."""
-        return self.choose_qparams() if self.has_data else self.activation_post_process.calculate_qparams()
+        """The scale and the zero point that `forward` rounds with; before data 1 and 0, with a warning."""
+        if not self.has_data:
+            warnings.warn(f"{type(self).__name__} has seen no data: its scale is 1.", stacklevel=2)
+        return self.choose_qparams()
 
     def reset(self) -> None:
         super().reset()

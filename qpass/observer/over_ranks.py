@@ -17,7 +17,7 @@ def extrema_over_ranks(low: Tensor, high: Tensor, left_out: Tensor, group: Any) 
     from torch.distributed import _functional_collectives as collectives
 
     packed = torch.cat([low.flatten().double(), high.flatten().double(), left_out.reshape(1).double()])
-    gathered = collectives.all_gather_tensor(packed[None], 0, group)
+    gathered = collectives.all_gather_single(packed[None], 0, group)
     gathered = collectives.wait_tensor(gathered)
     lows, highs, counts = gathered.split([low.numel(), high.numel(), 1], dim=1)
     total = counts.sum().to(torch.int64)
