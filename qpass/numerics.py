@@ -129,7 +129,8 @@ def unclamped(
         return values - (0 - _as(zero_point, compute))  # -0.0 + 0 would be 0.0
     if adds_first:
         return torch.round(values.to(wide) + _as(zero_point, wide))
-    return torch.round(values).to(wide) + _as(zero_point, wide)
+    values = torch.round(values)  # rebound, so that no third temporary is alive
+    return values.to(wide) + _as(zero_point, wide)
 
 
 def saturate(values: Tensor, quant_min: Any, quant_max: Any, dtype: torch.dtype) -> Tensor:
