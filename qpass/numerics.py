@@ -111,7 +111,7 @@ def quantize(
     Returns:
         codes of the broadcast shape (that of `x`), laid out like `x`.
     """
-    x, scale, zero_point = _detached(x), _detached(scale), _detached(zero_point)
+    x, scale, zero_point = detached(x), detached(scale), detached(zero_point)
     if isinstance(quant_min, int) and isinstance(quant_max, int) and blocks.can_fill(x, (scale, zero_point)):
         codes = torch.empty_like(x, dtype=dtype)
         return _quantize_into(codes, x, scale, zero_point, quant_min, quant_max, adds_first)
@@ -129,7 +129,8 @@ def unclamped(
         return values - (0 - _as(zero_point, compute))  # -0.0 + 0 would be 0.0
     if adds_first:
         return torch.round(values.to(wide) + _as(zero_point, wide))
-    return torch.round(values).to(wide) + _as(zero_point, wide)
+    values = torch.round(values)  # rebound, so that no third temporary is alive
+    return values.to(wide) + _as(zero_point, wide)
 
 
 def saturate(values: Tensor, quant_min: Any, quant_max: Any, dtype: torch.dtype) -> Tensor:
@@ -201,6 +202,11 @@ def quantize_weight(
     return _quantize_into(codes, w.detach(), *qparams, quant_min, quant_max, adds_first=False)
 
 
+def detached(value: Any) -> Any:
+    """`value` without its gradient; the very tensor where it has none, so that no graph gets a node for it."""
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
 def compute_dtype(dtype: torch.dtype, scale: Tensor | float = 1.0) -> torch.dtype:
     """The dtype to compute in: float64 where `dtype` or a non-scalar `scale` is float64, else float32."""
     if dtype == torch.float64 or (isinstance(scale, Tensor) and scale.dim() > 0 and scale.dtype == torch.float64):
@@ -248,7 +254,3 @@ def _inverse(scale: Tensor | float, compute: torch.dtype) -> Tensor | float:
 
 def _as(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) else value
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value

@@ -10,6 +10,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from qpass import numerics
 from qpass.ops import graph_ops as qd
+from qpass.ops import quantized_decomposed
 
 BOUNDS = [(torch.int8, -128, 127), (torch.int8, -127, 127), (torch.int8, -8, 7), (torch.uint8, 0, 255)]
 
@@ -147,3 +148,29 @@ def test_quantize_weight_keeps_its_temporaries_small() -> None:
         numerics.quantize_weight(w, scale, zero_point, 0, -127, 127, torch.int8, out=out)
     temporaries = tracker.get_tracker_snapshot("peak")[w.device]["Total"] - before
     assert 2**20 <= temporaries <= 4 * 2**20  # at least one block, at most four
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_eager_operators_make_no_temporary_larger_than_a_block(layout: str) -> None:
+    """Codes and values are the only allocations of more than 1 MiB, whatever the layout; the input has 32."""
+    x = torch.randn(4096, 2048) if layout == "contiguous" else torch.randn(2048, 4096).t()
+    scales, zero_points = torch.rand(4096) + 0.01, torch.zeros(4096, dtype=torch.int32)
+    tail = (scales, zero_points, 0, -127, 127, torch.int8)
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        codes = quantized_decomposed.quantize_per_channel(x, *tail)
+        values = quantized_decomposed.dequantize_per_channel(codes, *tail)
+    sizes = [event.self_cpu_memory_usage for event in profile.function_events if event.self_cpu_memory_usage > 0]
+    assert [size for size in sizes if size > 2**20] == [codes.nbytes, values.nbytes]
+    assert codes.stride() == values.stride() == x.stride()
+
+
+def test_whole_tensor_arithmetic_makes_two_temporaries() -> None:
+    """Where a tensor is not cut into blocks (under a mode, on a GPU): two of its size at most, and a mask."""
+    x = torch.randn(1 << 20)
+    tracker = MemTracker()
+    tracker.track_external(x)
+    before = tracker.get_tracker_snapshot("current")[x.device]["Total"]
+    with tracker:
+        codes = numerics.quantize(x, 0.1, 3, -128, 127, torch.int8)
+    temporaries = tracker.get_tracker_snapshot("peak")[x.device]["Total"] - before
+    assert 2 * x.nbytes <= temporaries <= 2 * x.nbytes + 2 * codes.nbytes

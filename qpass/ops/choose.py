@@ -77,7 +77,7 @@ def _of_the_whole(
     if guard_or_false(input.numel() == 0):
         low = high = input.new_zeros(())
     else:
-        low, high = torch.aminmax(input.detach())
+        low, high = torch.aminmax(numerics.detached(input))
     scale, zero_point = numerics.choose_qparams(low, high, quant_min, quant_max, symmetric, eps)
     return scale.reshape(1).to(torch.float64), zero_point.reshape(1).to(torch.int64)
 
@@ -92,7 +92,7 @@ def _token_range(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, float]
 
 def _ends(input: Tensor, end: Any) -> Tensor:
     """``end(input, dim=-1, keepdim=True)``, and 0 for rows without elements."""
-    input = input.detach()
+    input = numerics.detached(input)
     if input.dim() and guard_or_false(input.shape[-1] == 0):
         return input.new_zeros((*input.shape[:-1], 1))
     found: Tensor = end(input, dim=-1, keepdim=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hard_values import ROWS, hard_values
 from qpass.numerics import EPS, FLOAT8_RANGES, RANGES
+from qpass.ops import graph_ops
 from qpass.ops import quantized_decomposed as ops
 from random_calls import FLOATS
 
@@ -23,15 +24,18 @@ TYPES = [(torch.int8, -8, 7), *((dtype, *ends) for dtype, ends in {**RANGES, **F
 def quantizers(
     x: Tensor, half: Tensor, scales: Tensor, zero_points: Tensor, s: Tensor, z: Tensor, groups: Tensor, zeros: Tensor
 ) -> list[Tensor]:
-    """Every quantizer to every type; each bfloat16, float16 and float64 input in turn with float32."""
+    """Every type by channel, and in turn by tensor, token and group; float32 inputs, and in turn the other dtypes."""
     out = []
     for index, (dtype, low, high) in enumerate(TYPES):
         bounds = low, high, dtype
-        values = (x, half, half.half(), x.double())[index % 4]
+        values = (half, half.half(), x.double(), x)[index % 4]
         out.append(ops.quantize_per_channel(x, scales, zero_points, index % 2, *bounds))
-        out.append(ops.quantize_per_token(values, scales, zero_points, *bounds))
-        out.append(ops.quantize_per_tensor.tensor(values, s, z, *bounds))
-        out.append(ops.quantize_per_channel_group(x, groups, zeros, *bounds, ROWS // 4))
+        if index % 3 == 0:
+            out.append(ops.quantize_per_tensor.tensor(values, s, z, *bounds))
+        elif index % 3 == 1:
+            out.append(ops.quantize_per_token(values, scales, zero_points, *bounds))
+        else:
+            out.append(ops.quantize_per_channel_group(values, groups, zeros, *bounds, ROWS // 4))
     return out
 
 
@@ -40,14 +44,17 @@ def dequantizers(codes: list[Tensor], scales: Tensor, zero_points: Tensor, s: Te
     for index, (tensor, (dtype, low, high)) in enumerate(zip(codes, TYPES, strict=True)):
         bounds, wanted = (low, high, dtype), FLOATS[index % 4]
         out.append(ops.dequantize_per_channel(tensor, scales, zero_points, 1, *bounds, out_dtype=wanted))
-        out.append(ops.dequantize_per_token(tensor, scales, zero_points, *bounds, wanted))
-        out.append(ops.dequantize_per_tensor.tensor(tensor, s, z, *bounds, out_dtype=wanted))
+        if index % 2:
+            out.append(ops.dequantize_per_token(tensor, scales, zero_points, *bounds, wanted))
+        else:
+            out.append(ops.dequantize_per_tensor.tensor(tensor, s, z, *bounds, out_dtype=wanted))
     return out
 
 
 def choosers(x: Tensor, half: Tensor) -> list[Tensor]:
+    """Qparams of each dtype that is not computed in another of them."""
     out: list[Tensor] = []
-    for values in (x, half, half.half(), x.double()):
+    for values in (x, half.half(), x.double()):
         out += ops.choose_qparams.tensor(values, 0, 255, EPS, torch.uint8)
         out += ops.choose_qparams_symmetric.tensor(values, -8, 7, EPS, torch.int8)
         out += ops.choose_qparams_per_token(values, torch.int16)
@@ -91,23 +98,41 @@ def compare(rounds: int) -> int:
     for _ in range(rounds):
         x, half, scales, zero_points, s, z, *groups = inputs()
         codes = quantizers(x, half, scales, zero_points, s, z, *groups)
-        values = dequantizers(codes[::4], scales, zero_points, s, z)
+        values = dequantizers(codes[::2], scales, zero_points, s, z)
         expected = [*codes, *values, *choosers(x[2:], half[2:])]
         found = compiled[0](x, half, scales, zero_points, s, z, *groups)
-        found = [*found, *compiled[1](codes[::4], scales, zero_points, s, z), *compiled[2](x[2:], half[2:])]
+        found = [*found, *compiled[1](codes[::2], scales, zero_points, s, z), *compiled[2](x[2:], half[2:])]
         assert differing(found, expected) == [0] * len(expected)
         compared += sum(t.numel() for t in expected)
     return compared
 
 
 def test_compiled_equals_eager() -> None:
-    """18 million elements, a quarter of them of codes at a tie or one float beside it."""
-    assert compare(1) > 18_000_000
+    """10 million elements; half of the quantizers' inputs are ties of one scale or one float beside."""
+    assert compare(1) > 10_000_000
 
 
 @pytest.mark.slow
 def test_compiled_equals_eager_on_a_hundred_million_elements() -> None:
-    assert compare(6) > 100_000_000
+    assert compare(10) > 100_000_000
+
+
+def test_the_backend_takes_them_beside_the_operators_of_graphs() -> None:
+    """Rows of tiny values: torch's operator has a floor of 1e-5 under them that the corrected one does not have."""
+    x = torch.randn(4, 8) * torch.tensor([[1.0], [1e-5], [1e-6], [0.0]])
+
+    def function(x: Tensor) -> list[Tensor]:
+        out = []
+        for namespace in (graph_ops, ops):
+            s, z = namespace.choose_qparams_per_token(x, torch.int8)
+            out += [s, z, namespace.quantize_per_token(x, s, z, -128, 127, torch.int8)]
+        return out
+
+    compiled = torch.compile(function, backend="qpass")
+    with torch.no_grad():
+        found, expected = compiled(x), function(x)
+    assert differing(found, expected) == [0] * 6
+    assert expected[0][3] < expected[3][3] == EPS
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -171,6 +196,6 @@ def uses_that_worked(seed: int, count: int) -> int:
 
 @pytest.mark.slow
 def test_no_process_dies_of_random_compiled_uses() -> None:
-    """2,000 uses of random overloads, dtypes and layouts, 50 to a process; each must also equal eager, bit for bit."""
+    """2,000 uses of random overloads, dtypes and layouts, 100 to a process; each must also equal eager, bit for bit."""
     with ThreadPoolExecutor(2) as pool:
-        assert sum(pool.map(lambda seed: uses_that_worked(seed, 50), range(100, 140))) == 2000
+        assert sum(pool.map(lambda seed: uses_that_worked(seed, 100), range(200, 220))) == 2000

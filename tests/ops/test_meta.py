@@ -41,13 +41,13 @@ def to_meta(t: Tensor) -> Tensor:
 
 
 def test_meta_and_fake_equal_real() -> None:
-    """2,400 calls on meta and 600 on fake tensors, a quarter of them wrong in one way: same results and refusals."""
+    """2,400 calls on meta and 300 on fake tensors, a quarter of them wrong in one way: same results and refusals."""
     refused: Counter[str] = Counter()
     mode = FakeTensorMode()
     for index, call in enumerate(calls(2400, seed=1)):
         real = outcome(call, "cpu")
         assert outcome(call.on(to_meta), "meta") == real, call.about
-        if index % 4 == 0:  # four times as slow as all the rest
+        if index % 8 == 0:  # each costs as much as ten of the others
             with mode:
                 assert outcome(call.on(mode.from_tensor), "cpu") == real, call.about
         if isinstance(real[0], str):
@@ -99,9 +99,9 @@ def check(count: int, seed: int, tests: tuple[str, ...]) -> int:
 
 
 def test_opcheck_is_clean() -> None:
-    """On 304 cases without the costly last check, and with it on 38: two of every overload."""
+    """On 304 cases without the costly last check, and with it on one of every overload."""
     assert check(304, 3, CHECKS[:3]) == 16 * len(OPERATORS)
-    assert check(38, 4, CHECKS) == 2 * len(OPERATORS)
+    assert check(19, 4, CHECKS) == len(OPERATORS)
 
 
 @pytest.mark.slow
