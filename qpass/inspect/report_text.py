@@ -113,7 +113,7 @@ def _per_operation(report: Report) -> list[str]:
         [op, *(str(count[outcome] or "-") for outcome in outcomes), ", ".join(kernels[op])]
         for op, count in counts.items()
     ]
-    return _table(["operation", *(WORDS[outcome] for outcome in outcomes), "kernel"], lines)
+    return table(["operation", *(WORDS[outcome] for outcome in outcomes), "kernel"], lines)
 
 
 def _per_module(report: Report, reasons: dict[tuple[str, str], int]) -> list[str]:
@@ -132,7 +132,7 @@ def _per_module(report: Report, reasons: dict[tuple[str, str], int]) -> list[str
             name = (pattern or "(top level)") + (f" x{count}" if count > 1 else "")
             lines.setdefault(paths[0], []).append([name, op, outcome, what])
     in_order = [line for path in dict.fromkeys(row.module for row in report.rows) for line in lines.get(path, [])]
-    return _table(["module", "operation", "outcome", "kernel or reason"], in_order)
+    return table(["module", "operation", "outcome", "kernel or reason"], in_order)
 
 
 def _how(row: Row, reasons: dict[tuple[str, str], int]) -> str:
@@ -177,7 +177,7 @@ def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} x{count}" for name, count in counts.items())
 
 
-def _table(header: list[str], lines: list[list[str]]) -> list[str]:
+def table(header: list[str], lines: list[list[str]]) -> list[str]:
     """Columns aligned left, the header underlined; numbers and dashes are short enough not to need more."""
     if not lines:
         return []
