@@ -92,5 +92,5 @@ def _base(view: NodeView, named: bool, literals: bool) -> tuple[Any, ...]:
         return ("get_attr", view.region, view.operator.rpartition(".")[0]) if named else ("get_attr", view.form)
     if view.op == "placeholder":
         return "placeholder", view.region, view.name if named else ""
-    what = view.template if literals and not view.is_transparent else len(view.inputs)
+    what = view.template if literals and not view.is_transparent else ()
     return (view.operator, what, view.module, view.region) if named else (view.operator, what)

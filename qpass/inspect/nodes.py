@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,6 +19,14 @@ class Keyword(NamedTuple):
 
     name: str
     value: Any
+
+
+class Origin(NamedTuple):
+    """A node that another was made from: its name and target in the graph of this id."""
+
+    name: str
+    target: str
+    graph: int
 
 
 class NodeView:
@@ -85,9 +92,15 @@ class NodeView:
         """``"float32[s0, 16]"``, or ``""`` where the node has no tensor value."""
         return form(self.val)
 
-    def origins(self) -> tuple[tuple[str, str], ...]:
-        """(name, target) of the nodes that it was made from, nearest first, as the passes recorded them."""
-        return tuple((info.name, info.target) for info in _sources(self.origin))
+    def origins(self) -> tuple[Origin, ...]:
+        """The nodes that it was made from, nearest first, as the passes recorded them."""
+        found, origin = [], self.origin
+        while origin:
+            info = origin[-1].node_info
+            if info is not None:
+                found.append(Origin(info.name, info.target, info.graph_id))
+            origin = origin[-1].from_node
+        return tuple(found)
 
     @property
     def made_by(self) -> str:
@@ -156,18 +169,6 @@ def sizes(val: Any) -> Any:
     if isinstance(val, (tuple, list)):
         return [sizes(item) for item in val]
     return str(tuple(val.shape)) if isinstance(val, Tensor) else None
-
-
-def _sources(origin: Any) -> Iterator[Any]:
-    while origin:
-        if origin[-1].node_info is not None:
-            yield origin[-1].node_info
-        origin = origin[-1].from_node
-
-
-def graphs_behind(views: Iterable[NodeView]) -> set[int]:
-    """The ids of the graphs that the nodes say they come from."""
-    return {info.graph_id for view in views for info in _sources(view.origin)}
 
 
 def _is_collective(view: NodeView) -> bool:
