@@ -34,6 +34,7 @@ class GraphDiff:
         instances: the changes, gathered by place.
         matched: (before, after) of each node that both have, changed or not.
         metrics: name -> value for each node of ``after``, by its path.
+        name: what made the difference, where that is known better than by stages or files.
     """
 
     before: Snapshot
@@ -41,6 +42,7 @@ class GraphDiff:
     instances: tuple[Instance, ...]
     matched: tuple[Pair, ...]
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    name: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.instances)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from qpass.inspect.edits import Edit
+from qpass.inspect.expression import ascii_only
 from qpass.inspect.report_text import path_patterns, table
 
 if TYPE_CHECKING:
@@ -33,11 +34,6 @@ def rich_text(diff: GraphDiff) -> Any:
     return result
 
 
-def ascii_only(piece: str) -> str:
-    """``piece`` with control characters and what is not ASCII escaped, so that no name can move a cursor."""
-    return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in piece)
-
-
 def lines(diff: GraphDiff) -> Iterator[Line]:
     """The lines of a diff in styled pieces."""
     yield (("qpass diff", "path"), (f"  {title(diff)}", ""))
@@ -62,6 +58,8 @@ def lines(diff: GraphDiff) -> Iterator[Line]:
 
 def title(diff: GraphDiff) -> str:
     """``"prepared -> quantized"``, by stage, by file, or just by being before and after."""
+    if diff.name:
+        return diff.name
     names = [graph.label or graph.stage or other for graph, other in ((diff.before, "before"), (diff.after, "after"))]
     return f"{names[0]} -> {names[1]}"
 

@@ -55,6 +55,11 @@ def short_name(view: NodeView) -> str:
     return next((short for word, short in words if view.short.startswith(word)), view.short)
 
 
+def ascii_only(piece: str) -> str:
+    """``piece`` with control characters and what is not ASCII escaped, so that no name can move a cursor."""
+    return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in piece)
+
+
 def literal(value: Any) -> str:
     """A literal argument as people write it."""
     if isinstance(value, float):

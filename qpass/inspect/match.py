@@ -21,7 +21,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from qpass.inspect.lineage import recorded, related
-from qpass.inspect.merkle import Colors
+from qpass.inspect.merkle import Coloring, Colors
 from qpass.inspect.nodes import NodeView, Snapshot
 from qpass.inspect.pairs import Pairs, grouped, is_operation, readers
 from qpass.inspect.subsequence import common_subsequence
@@ -71,19 +71,20 @@ def structural(found: Pairs, descended: bool) -> None:
         _carriers(found)
         if not found.is_open:
             return
-        for radius in (2, 0):
-            _subsequences(found, (lambda view: view.module) if named else (lambda _: ""), radius, named)
+        for radius, literals in ((2, True), (0, True), (0, False)):
+            place = (lambda view: view.module) if named else (lambda _: "")
+            _subsequences(found, place, both.bases(named, literals), radius)
+            _congruent(found)
         if not descended:
             _renamed_constants(found)
         _carriers(found)
     _same_readers(found)
 
 
-def _subsequences(found: Pairs, place: Callable[[NodeView], str], radius: int, named: bool) -> None:
+def _subsequences(found: Pairs, place: Callable[[NodeView], str], base: Coloring, radius: int) -> None:
     """In each place, the longest common subsequence of operations; what is paired already anchors it."""
     open_places = {place(view) for view in found.open(0)} & {place(view) for view in found.open(1)}
-    both = Colors(found.a, found.b, found.right)
-    keys = both.nearby(both.bases(named, literals=radius > 0), radius)
+    keys = Colors(found.a, found.b, found.right).nearby(base, radius)
     lines: list[dict[str, list[int]]] = []
     for graph in (found.a, found.b):
         line = grouped(filter(is_operation, graph.nodes), lambda v: p if (p := place(v)) in open_places else None)
