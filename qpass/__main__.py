@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StrictError as error:
         print(error, file=sys.stderr)
         return FAILED
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stderr.close()
+        return FINE
     except (QpassError, OSError) as error:
         print(f"qpass: {error}", file=sys.stderr)
         return WRONG

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
+from torch.fx.traceback import NodeSource, NodeSourceAction
 
 from qpass.capture import TRACING, capture
 from qpass.errors import InputError
-from qpass.graph.record import GRAPH_KEY, GraphRecord, graph_record, record_of, set_record
+from qpass.graph.record import GRAPH_KEY, GraphRecord, graph_record, set_record
 from qpass.inspect.match import match
-from qpass.inspect.saved import CUSTOM, EXTRA, KEY, as_kept, kept_record, open_program
+from qpass.inspect.operations import PASSES
+from qpass.inspect.saved import CUSTOM, EXTRA, KEY, MADE_BY, as_kept, kept_record, open_program
 from qpass.inspect.snapshot import snapshot
 
 
@@ -44,12 +46,14 @@ def save(model: fx.GraphModule | ExportedProgram, path: str | os.PathLike[str]) 
     before, after = snapshot(model), snapshot(program)
     nodes = {node.name: node for node in program.graph.nodes}
     for left, right in match(before, after).items():
-        kept = before.nodes[left].record
-        if kept is not None and not after.nodes[right].region:
-            node = nodes[after.nodes[right].name]
-            node.meta[CUSTOM] = {**node.meta.get(CUSTOM, {}), KEY: as_kept(kept)}
-    told = {"stage": record.stage, "target": record.target, "float_bytes": record.float_bytes, "notes": record.notes}
-    torch.export.save(program, os.fspath(path), extra_files={EXTRA: json.dumps(told)})
+        if after.nodes[right].region:
+            continue
+        view, node = before.nodes[left], nodes[after.nodes[right].name]
+        told: dict[str, Any] = {KEY: as_kept(view.record)} if view.record is not None else {}
+        told |= {MADE_BY: view.made_by} if view.made_by in PASSES else {}
+        node.meta[CUSTOM] = {**node.meta.get(CUSTOM, {}), **told}
+    state = {"stage": record.stage, "target": record.target, "float_bytes": record.float_bytes, "notes": record.notes}
+    torch.export.save(program, os.fspath(path), extra_files={EXTRA: json.dumps(state)})
 
 
 def load(path: str | os.PathLike[str]) -> fx.GraphModule:
@@ -62,14 +66,17 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
         InputError: there is no such file, or it holds no exported program.
     """
     program = open_program(path)
-    told: dict[str, Any] = program.graph_module.meta.get(EXTRA, {})
-    kept = {node.name: found for node in program.graph.nodes if (found := kept_record(node)) is not None}
+    state: dict[str, Any] = program.graph_module.meta.get(EXTRA, {})
     gm = capture(program)
-    if told:
-        gm.meta[GRAPH_KEY] = GraphRecord(**told)
+    if state:
+        gm.meta[GRAPH_KEY] = GraphRecord(**state)
     for node in gm.graph.nodes:
-        if node.name in kept and record_of(node) is None:
-            set_record(node, kept[node.name])
+        record = kept_record(node)
+        if record is not None:
+            set_record(node, record)
+        made_by = node.meta.get(CUSTOM, {}).get(MADE_BY)
+        if made_by:
+            node.meta["from_node"] = [NodeSource(node, str(made_by), NodeSourceAction.CREATE)]
     return gm
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qpass.inspect.diff_text import figures, heading, metric, title
 from qpass.inspect.edits import Edit, Instance
-from qpass.inspect.page import MONO, block, details, escape, mono, pairs, picture, quiet, table, tag
+from qpass.inspect.page import MONO, block, details, escape, escape_lines, pairs, picture, quiet, table, tag
 from qpass.inspect.picture import COLORS, draw
 from qpass.inspect.report_text import path_patterns
 
@@ -57,15 +57,14 @@ def _edit(number: int, edit: Edit, diff: GraphDiff) -> str:
     law = tag("pre", "<br>".join(lines), style=f"{MONO};margin:4px 0;white-space:pre-wrap")
     svg = draw(edit.instances[0], diff.before, diff.after)
     shown = picture(svg, " -> ".join(("; ".join(before), "; ".join(after)))) if svg else ""
-    places = [_place(instance) for instance in edit.instances[:LISTED]]
-    if len(edit.instances) > LISTED:
-        places.append(quiet(f"and {len(edit.instances) - LISTED} more"))
+    shown_places = "\n".join(map(_place, edit.instances[:LISTED]))
     total = len(edit.instances)
-    listing = details(quiet(f"{total} place{'s' * (total > 1)}"), "<br>".join(places))
+    rest = quiet(f"and {total - LISTED} more") if total > LISTED else ""
+    listed = tag("pre", escape_lines(shown_places), style=f"{MONO};margin:4px 0")
+    listing = details(quiet(f"{total} place{'s' * (total > 1)}"), listed, rest)
     return details(summary, law, shown, listing, opened=number <= OPENED)
 
 
 def _place(instance: Instance) -> str:
     view = instance.center.node
-    line = f" {quiet(view.line)}" if view.line else ""
-    return f"{mono(f'{instance.module} {view.path}'.strip())}{line}"
+    return f"{instance.module}  {view.path}  {view.line}".strip()

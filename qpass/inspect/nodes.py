@@ -39,11 +39,12 @@ class NodeView:
         template: its arguments, nested and hashable, with ``INPUT`` for each node that it reads.
         inputs: indices of the nodes that it reads, in order of appearance, with repetitions.
         module: path of the user's module around it.
+        made_by: the pass that put it in, as far as recorded.
         val: its fake value, ``place``: (identity, bytes) of a constant's memory.
     """
 
     __slots__ = (
-        "index", "inputs", "is_transparent", "module", "name", "op", "operator", "origin", "place", "record",
+        "index", "inputs", "is_transparent", "made_by", "module", "name", "op", "operator", "origin", "place", "record",
         "region", "short", "stack", "target", "template", "val",
     )  # fmt: skip
 
@@ -57,6 +58,7 @@ class NodeView:
     template: Any
     inputs: tuple[int, ...]
     module: str
+    made_by: str
     val: Any
     stack: str
     record: NodeRecord | None
@@ -101,11 +103,6 @@ class NodeView:
                 found.append(Origin(info.name, info.target, info.graph_id))
             origin = origin[-1].from_node
         return tuple(found)
-
-    @property
-    def made_by(self) -> str:
-        """The pass that put it in, as far as recorded."""
-        return self.origin[-1].pass_name if self.origin else ""
 
 
 class Snapshot:

@@ -21,6 +21,11 @@ def escape(text: str) -> str:
     return html.escape(visible, quote=True)
 
 
+def escape_lines(text: str) -> str:
+    """Several lines, each escaped; they stay lines where white space is kept."""
+    return "\n".join(map(escape, text.split("\n")))
+
+
 def tag(name: str, *inside: str, style: str = "") -> str:
     """An element around finished HTML."""
     return f"<{name}{_style(style)}>{''.join(inside)}</{name}>"
@@ -29,11 +34,6 @@ def tag(name: str, *inside: str, style: str = "") -> str:
 def quiet(text: str) -> str:
     """Text in grey."""
     return tag("small", escape(text), style=QUIET) if text else ""
-
-
-def mono(text: str, style: str = "") -> str:
-    """Text as code, in one line."""
-    return tag("code", escape(text), style=f"{MONO};{style}" if style else MONO)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:

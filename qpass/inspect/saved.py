@@ -23,6 +23,7 @@ from qpass.graph.record import NodeRecord, Stage, record_of
 EXTRA = "qpass.json"
 CUSTOM = "custom"
 KEY = "qpass"
+MADE_BY = "qpass_made_by"
 
 
 def open_program(path: str | os.PathLike[str]) -> ExportedProgram:
@@ -63,6 +64,15 @@ def kept_record(node: fx.Node) -> NodeRecord | None:
         return None
     dtype = kept.get("compute_dtype")
     return NodeRecord(**kept | {"compute_dtype": getattr(torch, dtype) if dtype else None})
+
+
+def kept_maker(node: fx.Node) -> str:
+    """The pass that made ``node``, ``""`` where nothing is recorded or torch only traced the graph again."""
+    origin, custom = node.meta.get("from_node"), node.meta.get(CUSTOM)
+    if isinstance(custom, dict) and MADE_BY in custom:
+        return str(custom[MADE_BY])
+    name: str = origin[-1].pass_name if origin else ""
+    return "" if name.startswith(("Interpreter", "ExportedProgram.")) else name
 
 
 def as_kept(record: NodeRecord) -> dict[str, Any]:

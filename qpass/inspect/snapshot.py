@@ -24,7 +24,7 @@ from qpass.graph.source import module_path
 from qpass.graph.text import target_name
 from qpass.graph.verify import OBSERVER_PREFIX
 from qpass.inspect.nodes import INPUT, Keyword, NodeView, Snapshot
-from qpass.inspect.saved import kept_record, kept_stage, open_program
+from qpass.inspect.saved import kept_maker, kept_record, kept_stage, open_program
 
 _QDQ = frozenset({"quantized_decomposed"})
 _AFFINE = ("quantize_affine", "dequantize_affine", "choose_qparams_affine")  # torchao's names for the same
@@ -88,6 +88,7 @@ class _Reader:
             view.val, view.stack = meta.get("val"), meta.get("stack_trace") or ""
             view.record, view.origin, view.place = kept_record(node), meta.get("from_node"), None
             view.module, view.is_transparent = module_path(node), False
+            view.made_by = kept_maker(node)
             if node.op == "get_attr" or (node.op == "placeholder" and node.name in constants):
                 self._constant(view, gm, constants)
             elif node.op == "call_module":
