@@ -5,13 +5,17 @@ from qpass.api import calibrate, convert, lower, prepare
 from qpass.backend import backend
 from qpass.config import Config
 from qpass.errors import QpassError
+from qpass.inspect.diff import diff
+from qpass.inspect.record import record
 from qpass.inspect.report import report
 from qpass.inspect.sqnr import sqnr
+from qpass.io import load, save
 from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Config", "PerChannel", "PerGroup", "PerTensor", "PerToken", "QpassError", "QuantizationSpec", "backend",
-    "calibrate", "convert", "lower", "observer", "ops", "passes", "patterns", "prepare", "presets", "report", "sqnr",
+    "calibrate", "convert", "diff", "load", "lower", "observer", "ops", "passes", "patterns", "prepare", "presets",
+    "record", "report", "save", "sqnr",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import fx
 
@@ -24,6 +25,18 @@ class PassRun:
     name: str
     changes: int
     seconds: float
+
+
+class Watcher(Protocol):
+    """Somebody who wants to see what the passes of this process do; see :data:`WATCHERS`."""
+
+    def is_watching(self) -> bool: ...
+    def start(self, gm: fx.GraphModule, stage: Stage) -> None: ...
+    def after(self, gm: fx.GraphModule, run: PassRun) -> None: ...
+
+
+WATCHERS: list[Watcher] = []
+"""Asked at the start of every pipeline; those that watch see the graph then and after each pass, untimed."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,9 @@ class Pipeline:
         The caller rebuilds ``gm`` when all is done, which generates its code.
         """
         runs = []
+        watching = [watcher for watcher in WATCHERS if watcher.is_watching()]
+        for watcher in watching:
+            watcher.start(gm, self.stage)
         for step in self.passes:
             start = time.perf_counter()
             changes = 0
@@ -57,7 +73,7 @@ class Pipeline:
                 changes += changed
             runs.append(PassRun(step.name, changes, time.perf_counter() - start))
             log.debug("%s: %d changes in %.1f ms", step.name, changes, runs[-1].seconds * 1e3)
-            for callback in between:
+            for callback in (*between, *(watcher.after for watcher in watching)):
                 callback(gm, runs[-1])
         graph_record(gm).stage = self.stage
         verify(gm, self.stage)

@@ -1,7 +1,12 @@
 """Looking at a graph and at what quantization did to it; nothing here changes either."""
 
+from qpass.inspect.diff import GraphDiff, diff
 from qpass.inspect.operations import Row
+from qpass.inspect.ranges import ranges
+from qpass.inspect.record import Recording, record
 from qpass.inspect.report import Report, report, report_graphs
 from qpass.inspect.sqnr import sqnr
 
-__all__ = ["Report", "Row", "report", "report_graphs", "sqnr"]
+__all__ = [
+    "GraphDiff", "Recording", "Report", "Row", "diff", "ranges", "record", "report", "report_graphs", "sqnr",
+]  # fmt: skip

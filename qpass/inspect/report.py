@@ -20,6 +20,7 @@ from qpass.graph.record import GRAPH_KEY, GraphRecord
 from qpass.graph.regions import regions
 from qpass.graph.text import target_name
 from qpass.inspect.operations import Row, operations
+from qpass.inspect.report_html import html
 from qpass.inspect.report_text import render
 from qpass.inspect.sqnr import sqnr
 from qpass.rewrite.qdq import DEQUANTIZE, QUANTIZE
@@ -65,6 +66,9 @@ class Report:
 
     def __str__(self) -> str:
         return render(self)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"text/plain": str(self), "text/html": html(self)}
 
 
 def report(gm: Any, inputs: Any = None, reference: Callable[..., Any] | None = None, strict: bool = False) -> Report:

@@ -25,9 +25,10 @@ NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole step of a dotted path
 
 def render(report: Report) -> str:
     """The text of a report; a reason is written out once, below, and referred to by its number."""
-    reasons = _reasons(report)
-    blocks = [_headline(report), _per_operation(report), _per_module(report, reasons), _explained(report, reasons)]
-    blocks.append(_remarks(report))
+    numbered = reasons(report)
+    tables = (per_operation(report), per_module(report, numbered))
+    blocks = [headline(report), *(table(lines[0], lines[1:]) if lines else [] for lines in tables)]
+    blocks += [explained(report, numbered), remarks(report)]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
@@ -68,7 +69,8 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{{{','.join(map(str, numbers))}}}"
 
 
-def _headline(report: Report) -> list[str]:
+def headline(report: Report) -> list[str]:
+    """The first lines: how much of the model is what, and the bytes of its constants."""
     total, lowered, quantized = report.count(), report.count("lowered"), report.count("quantized")
     is_lowered = "lowered" in report.stage
     done = f"{lowered} of {total} lowered to kernels" if is_lowered else f"{quantized} of {total} quantized"
@@ -100,7 +102,8 @@ def _percent(report: Report) -> str:
     return f" ({100 * report.bytes_after / report.bytes_before:.1f} %)" if report.bytes_before else ""
 
 
-def _per_operation(report: Report) -> list[str]:
+def per_operation(report: Report) -> list[list[str]]:
+    """The rows of a table by operation, its header first."""
     outcomes = ["quantized", "lowered", "float", "exact"]
     outcomes += ["unaccounted"] if report.count("unaccounted") else []
     counts: dict[str, Counter[str]] = {}
@@ -113,10 +116,11 @@ def _per_operation(report: Report) -> list[str]:
         [op, *(str(count[outcome] or "-") for outcome in outcomes), ", ".join(kernels[op])]
         for op, count in counts.items()
     ]
-    return _table(["operation", *(WORDS[outcome] for outcome in outcomes), "kernel"], lines)
+    return [["operation", *(WORDS[outcome] for outcome in outcomes), "kernel"], *lines] if lines else []
 
 
-def _per_module(report: Report, reasons: dict[tuple[str, str], int]) -> list[str]:
+def per_module(report: Report, reasons: dict[tuple[str, str], int]) -> list[list[str]]:
+    """The rows of a table by module path, its header first; reasons by their number."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in report.rows:
         if row.outcome == "exact" or row.fused:
@@ -132,7 +136,7 @@ def _per_module(report: Report, reasons: dict[tuple[str, str], int]) -> list[str
             name = (pattern or "(top level)") + (f" x{count}" if count > 1 else "")
             lines.setdefault(paths[0], []).append([name, op, outcome, what])
     in_order = [line for path in dict.fromkeys(row.module for row in report.rows) for line in lines.get(path, [])]
-    return _table(["module", "operation", "outcome", "kernel or reason"], in_order)
+    return [["module", "operation", "outcome", "kernel or reason"], *in_order] if in_order else []
 
 
 def _how(row: Row, reasons: dict[tuple[str, str], int]) -> str:
@@ -143,14 +147,15 @@ def _how(row: Row, reasons: dict[tuple[str, str], int]) -> str:
     return f"[{number}]" if number else ""
 
 
-def _reasons(report: Report) -> dict[tuple[str, str], int]:
+def reasons(report: Report) -> dict[tuple[str, str], int]:
     """(outcome, reason) -> number, for all that was not lowered, in order of appearance."""
     told = [(row.outcome, row.reason) for row in report.rows if row.reason and not row.fused]
     told = [reason for reason in told if reason[0] in ("float", "quantized", "unaccounted")]
     return {reason: number for number, reason in enumerate(dict.fromkeys(told), 1)}
 
 
-def _explained(report: Report, reasons: dict[tuple[str, str], int]) -> list[str]:
+def explained(report: Report, reasons: dict[tuple[str, str], int]) -> list[str]:
+    """Every reason once."""
     counts: Counter[tuple[str, str]] = Counter()
     for row in report.rows:
         if not row.fused:
@@ -160,7 +165,8 @@ def _explained(report: Report, reasons: dict[tuple[str, str], int]) -> list[str]
     return ["reasons", *lines] if lines else []
 
 
-def _remarks(report: Report) -> list[str]:
+def remarks(report: Report) -> list[str]:
+    """What is said once about the whole."""
     dtypes: Counter[str] = Counter()
     for row in report.rows:
         if row.outcome == "float":
@@ -177,7 +183,7 @@ def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} x{count}" for name, count in counts.items())
 
 
-def _table(header: list[str], lines: list[list[str]]) -> list[str]:
+def table(header: list[str], lines: list[list[str]]) -> list[str]:
     """Columns aligned left, the header underlined; numbers and dashes are short enough not to need more."""
     if not lines:
         return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,8 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 from qpass.errors import InputError, QpassError
 
+if TYPE_CHECKING:
+    from qpass.inspect.sqnr_nodes import SqnrByNode
 
-def sqnr(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> float:
+
+@overload
+def sqnr(a: Callable[..., Any], b: Callable[..., Any], inputs: Any, *, nodes: Literal[False] = False) -> float: ...
+@overload
+def sqnr(a: Any, b: Any, inputs: Any, *, nodes: Literal[True]) -> SqnrByNode: ...
+
+
+def sqnr(a: Any, b: Any, inputs: Any, *, nodes: bool = False) -> float | SqnrByNode:
     """``10 * log10(sum(ref ** 2) / sum((ref - x) ** 2))`` in dB, ``ref`` the outputs of ``a`` and ``x`` those of ``b``.
 
     The sums run in float64 over all tensors of the outputs, whatever pytree holds them, and over all batches. 6 dB are
@@ -23,11 +32,19 @@ def sqnr(a: Callable[..., Any], b: Callable[..., Any], inputs: Any) -> float:
         a: the reference, a module or any callable.
         b: what is compared with it; must return as many tensors, of the same shapes.
         inputs: one batch as a tensor, a tuple of arguments or a dict of keyword arguments, or a list of such batches.
+        nodes: measure every matched node instead of the outputs alone: ``a`` and ``b`` are then graphs, exported
+            programs or modules, and the result maps the nodes of ``b`` to dB (see :class:`SqnrByNode`).
 
     Raises:
         InputError: there is no batch or no output tensor, or the outputs of the two do not correspond.
         QpassError: an output holds nan or infinity, or its squares overflow float64.
     """
+    if nodes:
+        from qpass.inspect.sqnr_nodes import sqnr_by_node
+
+        if not batches(inputs):
+            raise InputError("there is nothing to compare: no batch", hint="pass some inputs")
+        return sqnr_by_node(a, b, batches(inputs))
     signal = noise = 0.0
     count = 0
     for batch in batches(inputs):

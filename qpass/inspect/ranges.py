@@ -1,0 +1,115 @@
+"""What the observers of a prepared model saw: the range, what was chosen of it, and a histogram where one was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qpass.capture import FirstBatch
+from qpass.errors import InputError
+from qpass.graph.constants import Constants
+from qpass.graph.regions import regions
+from qpass.graph.source import module_path
+from qpass.inspect import page
+from qpass.inspect.expression import ascii_only
+from qpass.inspect.report_text import table
+from qpass.passes.insert_observers import observers
+
+BARS = 24
+"""Bars of a histogram in text."""
+HEADER = ("observer", "module", "dtype", "lowest", "highest", "used")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one observer saw.
+
+    Attributes:
+        low, high: the extremes; ``chosen``: the ends of the range that its qparams cover, per tensor the chosen one.
+        counts: how many values fell into equal parts of ``low .. high``, empty where the observer keeps no histogram.
+        weight: whether it watches a constant.
+    """
+
+    name: str
+    module: str
+    dtype: torch.dtype
+    low: float
+    high: float
+    chosen: tuple[float, float]
+    counts: tuple[int, ...] = ()
+    weight: bool = False
+
+
+class Ranges(tuple[Seen, ...]):
+    """All observers in the order of the graph; ``str()`` is a table with a small histogram in each line."""
+
+    def __str__(self) -> str:
+        lines = [[*_cells(seen), _bars(seen.counts)] for seen in self]
+        return "\n".join(ascii_only(line) for line in table([*HEADER, "values (log scale)"], lines))
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        lines = [[*_cells(seen), _bars(seen.counts, " ▁▂▃▄▅▆▇█")] for seen in self]
+        shown = page.table([*HEADER, "values (log scale)"], lines, numbers=(3, 4, 5))
+        return {"text/plain": str(self), "text/html": page.block(shown)}
+
+    def plot(self) -> Any:
+        """A matplotlib figure: the histograms of the activations, the chosen range shaded."""
+        from qpass.inspect.plot import plot_ranges
+
+        return plot_ranges(self)
+
+
+def ranges(prepared: torch.nn.Module) -> Ranges:
+    """What the observers of ``prepared`` saw so far; those that saw nothing, and dynamic ones, are left out.
+
+    Raises:
+        InputError: the model is no prepared graph.
+    """
+    graph = prepared.captured if isinstance(prepared, FirstBatch) else prepared
+    if not isinstance(graph, fx.GraphModule):
+        raise InputError(f"ranges takes a prepared model, not {type(graph).__name__}", hint="call qpass.prepare first")
+    return Ranges(seen for region in regions(graph) for seen in _seen(region))
+
+
+def _seen(gm: fx.GraphModule) -> Iterator[Seen]:
+    constants, told = Constants(gm), set()
+    for node, name in observers(gm):
+        observer: Any = gm.get_submodule(name)
+        low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
+        if name in told or not observer.has_data or not isinstance(low, Tensor) or not isinstance(high, Tensor):
+            continue
+        told.add(name)
+        chosen = observer.chosen_range() if hasattr(observer, "chosen_range") else (low, high)
+        ends = float(chosen[0].min()), float(chosen[1].max())
+        reader = next(iter(node.users), node)
+        counts = getattr(observer, "histogram", None)
+        yield Seen(
+            name, module_path(reader), observer.dtype, float(low.min()), float(high.max()), ends,
+            _binned(counts) if isinstance(counts, Tensor) else (), node.args[0] in constants,
+        )  # fmt: skip
+
+
+def _binned(histogram: Tensor) -> tuple[int, ...]:
+    """The bins from the first to the last that counted anything, joined to at most ``BARS``."""
+    filled = histogram.nonzero().flatten()
+    if not len(filled):
+        return ()
+    used = histogram[int(filled[0]) : int(filled[-1]) + 1]
+    return tuple(int(part.sum()) for part in used.tensor_split(min(BARS, len(used))))
+
+
+def _cells(seen: Seen) -> list[str]:
+    span = (seen.high - seen.low) or 1.0
+    used = 100 * (seen.chosen[1] - seen.chosen[0]) / span
+    dtype = str(seen.dtype).removeprefix("torch.")
+    return [seen.name, seen.module or "-", dtype, f"{seen.low:.4g}", f"{seen.high:.4g}", f"{min(used, 999):.0f} %"]
+
+
+def _bars(counts: Sequence[int], signs: str = " .:-=+*#") -> str:
+    """Counts as signs of rising weight, by their number of binary digits: tails are what one looks for."""
+    most = max(counts, default=0).bit_length()
+    return "".join(signs[-(-count.bit_length() * (len(signs) - 1) // most)] if most else " " for count in counts)

@@ -1,0 +1,256 @@
+"""Signal to quantization noise at every matched node of two graphs, in one run of both side by side.
+
+The two graphs advance together: as soon as both have computed a value, its noise is added up and forgotten, and each
+frees what nothing reads any more. So the memory is that of the values alive in one forward and a little of the other's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from qpass.capture import FirstBatch, capture
+from qpass.inspect.edits import absorbed
+from qpass.inspect.match import match
+from qpass.inspect.nodes import NodeView, Snapshot
+from qpass.inspect.snapshot import snapshot
+from qpass.inspect.sqnr_text import html, text
+
+BLOCK = 1 << 16
+"""Values compared at once: their float64 copies stay small."""
+
+
+class NodeNoise(NamedTuple):
+    """How far one value is from its reference, in dB.
+
+    ``own`` is the ratio to the noise that it adds to that of its noisiest input: what ``sqnr`` would be with exact
+    inputs, if noises were independent; ``inf`` where it adds none.
+    """
+
+    node: NodeView
+    reference: NodeView
+    sqnr: float
+    own: float
+
+
+class SqnrByNode(Mapping[str, float]):
+    """dB by the path of each compared node of ``b``, in the order of the graph; ``str()`` is the worst ten."""
+
+    def __init__(self, nodes: list[NodeNoise]) -> None:
+        self.nodes = tuple(nodes)
+        self._by_path = {found.node.path: found.sqnr for found in nodes}
+
+    def __getitem__(self, path: str) -> float:
+        return self._by_path[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_path)
+
+    def __len__(self) -> int:
+        return len(self._by_path)
+
+    def worst(self, count: int = 10) -> tuple[NodeNoise, ...]:
+        """The nodes of the lowest ratio, lowest first."""
+        return tuple(sorted(self.nodes, key=lambda found: (found.sqnr, found.node.index))[:count])
+
+    def costliest(self, count: int = 10) -> tuple[NodeNoise, ...]:
+        """The nodes that add the most noise to what they were given, most first: where to spend precision."""
+        return tuple(sorted(self.nodes, key=lambda found: (found.own, found.node.index))[:count])
+
+    def __str__(self) -> str:
+        return text(self)
+
+    def __repr__(self) -> str:
+        return f"<SqnrByNode: {len(self)} nodes>"
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"text/plain": str(self), "text/html": html(self)}
+
+    def plot(self) -> Any:
+        """A matplotlib figure: dB along the graph, the worst ten by name."""
+        from qpass.inspect.plot import plot_sqnr
+
+        return plot_sqnr(self)
+
+
+def sqnr_by_node(a: Any, b: Any, batches: list[Any]) -> SqnrByNode:
+    """The SQNR of every operation of ``b`` that has a pair in the reference ``a``, over all ``batches``.
+
+    Sums run in float64. A place where both values are equal, infinite ones included, has no noise; a value that is not
+    finite where the other is has infinite noise. Left out are values that are no floats in both (codes), and the
+    insides of regions. ``a`` and ``b`` are graphs, exported programs, or modules, captured on the first batch.
+    """
+    left, right = _graph(a, batches[0]), _graph(b, batches[0])
+    before, after = snapshot(left), snapshot(right)
+    pairs = _compared(before, after, match(before, after))
+    sums = {index: [0.0, 0.0] for index in pairs.values()}
+    for batch in batches:
+        with torch.no_grad():
+            for index, ref, x in _in_step(_steps(left, batch), _steps(right, batch), before, after, pairs):
+                signal, noise = _energies(ref, x)
+                sums[index][0] += signal
+                sums[index][1] += noise
+    reference = {right: left for left, right in pairs.items()}
+    ratios = {index: decibels(*energies) for index, energies in sorted(sums.items())}
+    inputs = _ratio_of_inputs(after, ratios)
+    return SqnrByNode([
+        NodeNoise(after.nodes[index], before.nodes[reference[index]], ratio, _own(inputs[index], ratio))
+        for index, ratio in ratios.items()
+    ])  # fmt: skip
+
+
+def decibels(signal: float, noise: float) -> float:
+    """``10 log10(signal / noise)``; ``inf`` without noise, ``-inf`` with infinite noise or none but noise."""
+    if noise == 0:
+        return math.inf
+    return 10 * (math.log10(signal) - math.log10(noise)) if signal and math.isfinite(noise) else -math.inf
+
+
+def _graph(model: Any, batch: Any) -> fx.GraphModule:
+    if isinstance(model, FirstBatch):
+        return model.captured
+    if isinstance(model, ExportedProgram):
+        found: fx.GraphModule = model.module(check_guards=False)
+        return found
+    if isinstance(model, fx.GraphModule):
+        return model
+    return capture(model, batch if isinstance(batch, dict) else _args(batch))
+
+
+def _args(batch: Any) -> tuple[Any, ...]:
+    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+
+
+def _compared(before: Snapshot, after: Snapshot, pairs: Mapping[int, int]) -> dict[int, int]:
+    """The pairs whose values may be compared: floating-point results of operations outside regions.
+
+    Where an operation was folded into the one before it, as a batch norm is, the value to compare is that behind it.
+    """
+    chosen = dict(pairs)
+    heirs = {right: left for left, right in pairs.items()}
+    for view in before.nodes:
+        heir = absorbed(before, after, pairs, view) if view.index not in pairs and view.op == "call_function" else None
+        if heir is not None and heir in heirs:
+            chosen.pop(heirs[heir], None)
+            chosen[view.index], heirs[heir] = heir, view.index
+    return {
+        left: right
+        for left, right in chosen.items()
+        if _is_value(before.nodes[left]) and _is_value(after.nodes[right]) and not _holds_codes(after, right)
+    }
+
+
+def _is_value(view: NodeView) -> bool:
+    floats = view.val is None or (isinstance(view.val, Tensor) and view.val.is_floating_point())
+    return view.op in ("call_function", "call_method", "call_module") and not view.region and floats
+
+
+def _holds_codes(graph: Snapshot, index: int) -> bool:
+    """Whether a float result is one of integer codes, as pooling codes in float32 is."""
+    inputs = [graph.nodes[source] for source in graph.nodes[index].inputs[:1]]
+    casts = [graph.nodes[view.inputs[0]].val for view in inputs if view.operator.startswith("aten.to.") and view.inputs]
+    return any(isinstance(val, Tensor) and not val.is_floating_point() for val in casts)
+
+
+class _Run(fx.Interpreter):
+    """A graph that is run one node at a time."""
+
+    def values(self, inputs: list[Any]) -> Iterator[tuple[str, Any]]:
+        self.args_iter: Iterator[Any] = iter(inputs)
+        for node in self.graph.nodes:
+            self.env[node] = value = self.run_node(node)
+            yield node.name, value
+            del value
+            for dead in self.user_to_last_uses.get(node, ()):
+                self.env.pop(dead, None)
+
+
+def _steps(gm: fx.GraphModule, batch: Any) -> Iterator[tuple[str, Any]]:
+    args, kwargs = ((), batch) if isinstance(batch, dict) else (_args(batch), {})
+    info = getattr(gm.graph._codegen, "pytree_info", None)
+    if info is not None and info.in_spec is not None:
+        from torch.fx._pytree import tree_flatten_spec
+
+        flat = list(tree_flatten_spec((args, kwargs), info.in_spec) if info.in_spec.num_children == 2 else args)
+    else:
+        flat = [*args, *kwargs.values()]
+    return _Run(gm).values(flat)
+
+
+def _in_step(
+    left: Iterator[tuple[str, Any]], right: Iterator[tuple[str, Any]], before: Snapshot, after: Snapshot,
+    pairs: Mapping[int, int],
+) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
+    """(index in ``after``, reference, value), both graphs run no further ahead of each other than they must."""
+    index_of = {view.name: view.index for view in after.nodes if not view.region}
+    partner = {view.name: pairs[view.index] for view in before.nodes if view.index in pairs}
+    wanted = set(pairs.values())
+    early: dict[int, Any] = {}  # values of ``after`` that wait for their reference
+    late: dict[int, Any] = {}  # references that wait for the value
+    for name, ref in left:
+        index = partner.get(name)
+        if index is None or not isinstance(ref, Tensor):
+            continue
+        late[index] = ref
+        while index in late and index not in early:
+            found = next(right, None)
+            if found is None:
+                break
+            at = index_of[found[0]]
+            if at in late:
+                yield at, late.pop(at), found[1]
+            elif at in wanted:
+                early[at] = found[1]
+            del found
+        if index in early and index in late:
+            yield index, late.pop(index), early.pop(index)
+        del ref
+
+
+def _energies(ref: Tensor, x: Any) -> tuple[float, float]:
+    """The sums of squares of a reference and of the noise on it, in float64, block by block."""
+    if not isinstance(x, Tensor) or x.shape != ref.shape or not (ref.is_floating_point() and x.is_floating_point()):
+        return 0.0, 0.0
+    signal = noise = 0.0
+    for one, other in zip(_blocks(ref), _blocks(x), strict=True):
+        one, other = one.double(), other.double()
+        difference = (one - other).masked_fill_(one == other, 0.0).nan_to_num_(math.inf, math.inf, -math.inf)
+        signal += float(one.nan_to_num_(0.0, 0.0, 0.0).square_().sum())
+        noise += float(difference.square_().sum())
+    return signal, noise
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Parts of at most about ``BLOCK`` values, cut along the longest dimensions; views, no copies."""
+    if tensor.numel() <= BLOCK:
+        yield tensor
+        return
+    dim = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
+    for half in tensor.tensor_split(2, dim):
+        yield from _blocks(half)
+
+
+def _ratio_of_inputs(graph: Snapshot, ratios: Mapping[int, float]) -> list[float]:
+    """For each node the lowest ratio among the values that it was made from; ``inf`` where they are exact."""
+    given: list[float] = []
+    passed: list[float] = []  # a node that was not compared passes on what it was given
+    for view in graph.nodes:
+        given.append(min((passed[source] for source in view.inputs), default=math.inf))
+        passed.append(ratios.get(view.index, given[-1]))
+    return given
+
+
+def _own(given: float, ratio: float) -> float:
+    """The ratio that is left when the noise of an input is taken from that of the result."""
+    added = _noise(ratio) - _noise(given)
+    return -10 * math.log10(added) if 0 < added < math.inf else (-math.inf if added > 0 else math.inf)
+
+
+def _noise(ratio: float) -> float:
+    """Noise in units of the signal."""
+    return math.inf if ratio == -math.inf else 10 ** (-ratio / 10)

@@ -1,0 +1,118 @@
+"""Models in files: ``save`` writes a ``.pt2`` that any torch can load, ``load`` brings back the decisions as well."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+from torch.fx.traceback import NodeSource, NodeSourceAction
+
+from qpass.capture import TRACING, capture
+from qpass.errors import InputError
+from qpass.graph.record import GRAPH_KEY, GraphRecord, graph_record, set_record
+from qpass.inspect.match import match
+from qpass.inspect.operations import PASSES
+from qpass.inspect.saved import CUSTOM, EXTRA, KEY, MADE_BY, as_kept, kept_record, open_program
+from qpass.inspect.snapshot import snapshot
+
+
+def save(model: fx.GraphModule | ExportedProgram, path: str | os.PathLike[str]) -> None:
+    """Write a captured or quantized graph, or an exported program, as a ``.pt2``.
+
+    The file is an ordinary one of ``torch.export``; decisions, stage and target travel beside the program. Where q/dq
+    operators are not registered, a process imports ``qpass`` before it loads the file.
+
+    Raises:
+        InputError: the model is no graph, or at a stage that no file can hold: observers compute with Python, and
+            packed weights are of one machine.
+    """
+    if isinstance(model, ExportedProgram):
+        torch.export.save(model, os.fspath(path))
+        return
+    if not isinstance(model, fx.GraphModule):
+        raise InputError(f"save takes a graph, not {type(model).__name__}", hint="call qpass.prepare and convert first")
+    record = graph_record(model)
+    instead = {
+        "prepared": "save the quantized graph that qpass.convert makes of it",
+        "lowered": "save the quantized graph, and lower or compile it where it is loaded",
+    }
+    if record.stage in instead:
+        raise InputError(f"a {record.stage} graph cannot be saved", hint=instead[record.stage])
+    program = _exported(model)
+    before, after = snapshot(model), snapshot(program)
+    nodes = {node.name: node for node in program.graph.nodes}
+    for left, right in match(before, after).items():
+        if after.nodes[right].region:
+            continue
+        view, node = before.nodes[left], nodes[after.nodes[right].name]
+        told: dict[str, Any] = {KEY: as_kept(view.record)} if view.record is not None else {}
+        told |= {MADE_BY: view.made_by} if view.made_by in PASSES else {}
+        node.meta[CUSTOM] = {**node.meta.get(CUSTOM, {}), **told}
+    state = {"stage": record.stage, "target": record.target, "float_bytes": record.float_bytes, "notes": record.notes}
+    torch.export.save(program, os.fspath(path), extra_files={EXTRA: json.dumps(state)})
+
+
+def load(path: str | os.PathLike[str]) -> fx.GraphModule:
+    """The graph in a ``.pt2`` file, at the stage it was saved at: ready for ``report``, ``diff``, ``lower`` and
+    ``torch.compile(..., backend="qpass")``; a program that qpass did not save is at stage "captured".
+
+    torch executes code while it opens such a file: load only files whose origin you trust.
+
+    Raises:
+        InputError: there is no such file, or it holds no exported program.
+    """
+    program = open_program(path)
+    state: dict[str, Any] = program.graph_module.meta.get(EXTRA, {})
+    gm = capture(program)
+    if state:
+        gm.meta[GRAPH_KEY] = GraphRecord(**state)
+    for node in gm.graph.nodes:
+        record = kept_record(node)
+        if record is not None:
+            set_record(node, record)
+        made_by = node.meta.get(CUSTOM, {}).get(MADE_BY)
+        if made_by:
+            node.meta["from_node"] = [NodeSource(node, str(made_by), NodeSourceAction.CREATE)]
+    return gm
+
+
+def _exported(gm: fx.GraphModule) -> ExportedProgram:
+    """``gm`` as a program; its symbolic sizes stay dynamic."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    values = [node.meta.get("val") for node in inputs]
+    if any(not isinstance(value, Tensor) for value in values):
+        named = ", ".join(
+            node.name for node, value in zip(inputs, values, strict=True) if not isinstance(value, Tensor)
+        )
+        raise InputError(
+            f"a graph with inputs that are no tensors cannot be saved: {named}", hint="make them constants"
+        )
+    example = tuple(torch.zeros([_number(s) for s in v.shape], dtype=v.dtype, device=v.device) for v in values)
+    dynamic = [{d: Dim.AUTO for d, size in enumerate(v.shape) if isinstance(size, torch.SymInt)} for v in values]
+    args, kwargs = _nested(gm, list(example))
+    shapes = _nested(gm, dynamic)
+    named_shapes = None if not any(dynamic) else (tuple(shapes[0]) if not kwargs else _by_name(gm, shapes))
+    with TRACING, torch.no_grad():
+        return torch.export.export(gm, args, kwargs, dynamic_shapes=named_shapes, strict=False)
+
+
+def _nested(gm: fx.GraphModule, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One value for each input as the module is called with: (args, kwargs)."""
+    info = getattr(gm.graph._codegen, "pytree_info", None)
+    if info is None or info.in_spec is None:
+        return tuple(leaves), {}
+    args, kwargs = torch.utils._pytree.tree_unflatten(leaves, info.in_spec)
+    return tuple(args), dict(kwargs)
+
+
+def _by_name(gm: fx.GraphModule, shapes: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
+    names = gm.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
+    return {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
+
+
+def _number(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
