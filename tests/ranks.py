@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import sys
 import tempfile
 import time
@@ -24,7 +25,9 @@ def run(file: str, world: int, cases: list[str], timeout: float = 30.0) -> dict[
     ranks may not be in step any more, so the cases behind it are not run. `timeout` is the process group's, in seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (world, file, cases, folder, timeout), nprocs=world)
+        multiprocessing.set_forkserver_preload(["torch.distributed", "pytest", "qpass"])  # imported once for all ranks
+        arguments = (world, file, cases, folder, timeout)
+        torch.multiprocessing.start_processes(_rank, arguments, world, start_method="forkserver")
         said = [torch.load(Path(folder, f"said-{rank}"), weights_only=True) for rank in range(world)]
     return {case: [answers[case] for answers in said] for case in cases}
 

@@ -72,11 +72,11 @@ def agree(group: Group, header: Header, *, sends: list[int] | None = None, recei
     group.agreed.add(header)
 
 
-def refuse(group: Group, collective: str, why: QpassError) -> None:
+def refuse(group: Group, why: QpassError) -> None:
     """Tell the ranks that may wait for this one's header that it will not make the call."""
     group.calls += 1
     if group.world > 1:
-        _post(group, {"refused": f"{collective}: {why.what}"})
+        _post(group, {"refused": why.what})
 
 
 def debug(enabled: bool | None = None) -> bool:

@@ -54,7 +54,7 @@ class OneCall:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, QpassError):
-            refuse(self.group, self.name, error)
+            refuse(self.group, error)
 
     def takes_op(self, op: Any) -> bool:
         """Whether to divide by the number of ranks."""
