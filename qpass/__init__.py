@@ -1,6 +1,6 @@
 """A quantizing compiler pass for PyTorch: ``prepare``, calibrate, ``convert``, ``torch.compile(backend="qpass")``."""
 
-from qpass import observer, ops, passes, patterns, presets
+from qpass import comm, observer, ops, passes, patterns, presets
 from qpass.api import calibrate, convert, lower, prepare
 from qpass.backend import backend
 from qpass.config import Config
@@ -13,5 +13,5 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Config", "PerChannel", "PerGroup", "PerTensor", "PerToken", "QpassError", "QuantizationSpec", "backend",
-    "calibrate", "convert", "lower", "observer", "ops", "passes", "patterns", "prepare", "presets", "report", "sqnr",
+    "calibrate", "comm", "convert", "lower", "observer", "ops", "passes", "patterns", "prepare", "presets", "report", "sqnr",
 ]  # fmt: skip

@@ -58,6 +58,10 @@ class VerifyError(QpassError):
     """A graph breaks the written rules of its stage: a defect of a pass, not of the caller."""
 
 
+class AgreementError(QpassError, RuntimeError):
+    """Ranks that must make the same call made different ones, or one of them made none."""
+
+
 class StrictError(QpassError):
     """Something that was asked for was not done, and the caller asked for strictness."""
 

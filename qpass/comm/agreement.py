@@ -1,0 +1,128 @@
+"""Before a call that it has not made before, every rank says what it is about to do, and all compare.
+
+torch's transports take a payload of the wrong size for a protocol error and abort the process, or take it for data.
+So the first call of its kind on a group exchanges a header through the group's store, beside the data and not on its
+way: a rank that waits for a header can never take a payload for it. Later calls of the same kind exchange nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from qpass.comm.group import Group
+from qpass.errors import AgreementError, QpassError
+
+VERSION = 1
+"""Of payloads and schedules: raised with any change that makes the bytes mean something else."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call in the words that all ranks of the group must use alike. Sizes that may differ are not among them."""
+
+    collective: str
+    codec: str
+    numel: int
+    dtype: str
+    op: str = ""
+    schedule: str = ""
+    async_op: bool = False
+
+
+def agree(group: Group, call: Call, *, sends: list[int] | None = None, receives: list[int] | None = None) -> None:
+    """Return once all ranks have said the same; on the same group's later calls like this one, at once.
+
+    Args:
+        sends, receives: for an all_to_all, how many elements go to and come from each rank; compared pair by pair.
+
+    Raises:
+        AgreementError: on every rank, where any two differ, or a rank refused, or one said nothing until the timeout.
+    """
+    group.calls += 1
+    if call in group.agreed and not debug():
+        return
+    said = {"version": VERSION, "order": group.calls, **asdict(call)}
+    headers = _exchange(group, call, {"said": said, "sends": sends, "receives": receives})
+    refusals = {rank: header["refused"] for rank, header in enumerate(headers) if "refused" in header}
+    if refusals:
+        raise _error(call, group, "A rank refused the call", [f"rank {rank}: {why}" for rank, why in refusals.items()])
+    differing = [
+        f"{field}: "
+        + ", ".join(f"rank {rank} has {header['said'].get(field)!r}" for rank, header in enumerate(headers))
+        for field in said
+        if any(header["said"].get(field) != headers[0]["said"].get(field) for header in headers)
+    ]
+    if differing:
+        raise _error(call, group, "The ranks do not make the same call", differing)
+    if sends is not None:
+        uneven = [
+            f"rank {a} sends {headers[a]['sends'][b]} elements to rank {b}, which expects {headers[b]['receives'][a]}"
+            for a in range(group.world)
+            for b in range(group.world)
+            if headers[a]["sends"][b] != headers[b]["receives"][a]
+        ]
+        if uneven:
+            raise _error(call, group, "The splits do not fit each other", uneven)
+    group.agreed.add(call)
+
+
+def refuse(group: Group, collective: str, why: QpassError) -> None:
+    """Tell the ranks that may wait for this one's header that it will not make the call."""
+    group.calls += 1
+    if group.world > 1:
+        _post(group, {"refused": f"{collective}: {why.what}"})
+
+
+def debug(enabled: bool | None = None) -> bool:
+    """Whether every call is compared, not only the first of its kind; `enabled` switches it, on all ranks alike."""
+    global _debug
+    if enabled is not None:
+        _debug = enabled
+    return _debug
+
+
+_debug = False
+
+
+def _exchange(group: Group, call: Call, header: dict[str, Any]) -> list[dict[str, Any]]:
+    number = _post(group, header)
+    keys = [f"{number}/{rank}" for rank in range(group.world)]
+    try:
+        group.store.wait(keys, group.timeout)
+        headers = [json.loads(group.store.get(key)) for key in keys]
+    except RuntimeError as error:  # what all of torch's store errors are
+        raise _error(call, group, f"Not all ranks made the call: {error}", _silent(group, number)) from error
+    if number > 1:  # everyone has answered, so everyone has read what came before
+        group.store.delete_key(f"{number - 1}/{group.rank}")
+    return headers
+
+
+def _post(group: Group, header: dict[str, Any]) -> int:
+    group.agreements += 1
+    try:
+        group.store.set(f"{group.agreements}/{group.rank}", json.dumps(header))
+    except RuntimeError as error:
+        raise AgreementError(f"The group's store is gone: {error}", where=f"group {group.name!r}") from error
+    return group.agreements
+
+
+def _silent(group: Group, number: int) -> list[str]:
+    try:
+        return [
+            f"rank {rank} said nothing" for rank in range(group.world) if not group.store.check([f"{number}/{rank}"])
+        ]
+    except RuntimeError:
+        return ["the store does not answer: the process that holds it is gone"]
+
+
+def _error(call: Call, group: Group, what: str, details: list[str]) -> AgreementError:
+    ranks = dist.get_process_group_ranks(group.process_group)
+    return AgreementError(
+        f"{what}.\n    " + "\n    ".join(details),
+        where=f"qpass.comm.{call.collective}, call {group.calls} on group {group.name!r} (global ranks {ranks})",
+        hint="make the same calls in the same order on all ranks; qpass.comm.debug(True) compares every call",
+    )

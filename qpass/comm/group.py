@@ -1,0 +1,84 @@
+"""What qpass keeps for a process group: how many calls were made, what was agreed, the line that async calls wait in.
+
+Collectives of one group must be started in the same order on all ranks. Synchronous calls run where they are called,
+on the caller's own group. Asynchronous ones run one after the other on a thread, and their later stages start whenever
+the earlier ones have arrived: they would mix with whatever else the caller starts meanwhile, so they have a twin of the
+group to themselves.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+
+from qpass.errors import InputError
+
+
+class Group:
+    """A process group and what qpass knows about it. Made by `group_of`, never directly."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.process_group = group
+        self.world: int = group.size()
+        self.rank: int = group.rank()
+        self.name: str = group.group_name
+        self.calls = 0
+        self.agreements = 0
+        self.agreed: set[Any] = set()
+        _born[self.name] += 1  # a name may be used again after the process group is destroyed
+        prefix = f"qpass/{self.name}/{_born[self.name]}"
+        self.store = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+        self._twin: dist.ProcessGroup | None = None
+        self._line: ThreadPoolExecutor | None = None
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a collective of this group may take."""
+        group = self.process_group
+        for device in group._device_types:
+            options = getattr(group._get_backend(device), "options", None)
+            if options is not None:
+                return options._timeout
+        return dist.constants.default_pg_timeout
+
+    def twin(self) -> dist.ProcessGroup:
+        """A group of the same ranks for asynchronous calls. The first call makes it, on all ranks together."""
+        if self._twin is None:
+            self._twin = dist.new_group(
+                dist.get_process_group_ranks(self.process_group),
+                timeout=self.timeout,
+                backend=dist.get_backend(self.process_group),
+                use_local_synchronization=True,
+                group_desc=f"qpass twin of {self.name}",
+                sort_ranks=False,
+            )
+        return self._twin
+
+    def line(self) -> ThreadPoolExecutor:
+        """The thread that asynchronous calls of this group run on, one after the other."""
+        if self._line is None:
+            self._line = ThreadPoolExecutor(1, thread_name_prefix=f"qpass-{self.name}")
+        return self._line
+
+
+_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, Group] = weakref.WeakKeyDictionary()
+_born: Counter[str] = Counter()
+
+
+def group_of(group: dist.ProcessGroup | None) -> Group:
+    """The `Group` of a process group, or of the default one."""
+    if not dist.is_initialized():
+        raise InputError("There is no process group.", hint="call torch.distributed.init_process_group first")
+    process_group = dist.group.WORLD if group is None else group
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise InputError("This rank is not a member of the group.", hint="call only on the group's own ranks")
+    found = _groups.get(process_group)
+    if found is None:
+        found = _groups[process_group] = Group(process_group)
+    return found

@@ -1,0 +1,176 @@
+"""qpass::encode, decode, decode_reduce: a tensor as bytes for the wire, and back.
+
+    encode(x, form, seed)                          x -> uint8 [payload_bytes]
+    decode(payload, numel, dtype, form)            -> [numel]
+    decode_reduce(payloads, numel, dtype, form, divisor)   uint8 [W, payload_bytes] -> [numel], summed in rank order
+
+`form` is the written form of a `WireFormat` (``"int8:128:bf16"``), so that a graph says what it sends. `FORMULAS` gives
+each operator in plain ATen, for compilers that fuse it with its neighbours; the operators themselves run kernels that
+Inductor compiled (`qpass.ops.wire_compiled`). Codes have no derivative: none of the three passes a gradient on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpass.errors import InputError
+from qpass.ops import wire_kernels
+from qpass.ops.wire_compiled import rows_kernel
+from qpass.ops.wire_format import WireFormat, parse
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_library = torch.library.Library("qpass", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library.define("encode(Tensor x, str form, int seed=0) -> Tensor", tags=_TAGS)
+_library.define("decode(Tensor payload, SymInt numel, ScalarType dtype, str form) -> Tensor", tags=_TAGS)
+_library.define(
+    "decode_reduce(Tensor payloads, SymInt numel, ScalarType dtype, str form, int divisor=1) -> Tensor", tags=_TAGS
+)
+
+
+def encode(x: Tensor, form: str, seed: int = 0) -> Tensor:
+    """The payload of `x`: any shape and strides, any dtype of `FLOATS`; a new uint8 tensor of one dimension."""
+    wire = _check_encode(x, form)
+    payload = torch.empty(wire.payload_bytes(x.numel()), dtype=torch.uint8, device=x.device)
+    encode_into(x.detach().reshape(-1), payload, wire, seed)
+    return payload
+
+
+def decode(payload: Tensor, numel: int, dtype: torch.dtype, form: str) -> Tensor:
+    """The `numel` values of `payload` as `dtype`, computed in float32; a new tensor of one dimension."""
+    wire = _check_decode(payload, 1, numel, dtype, form)
+    out = torch.empty(numel, dtype=dtype, device=payload.device)
+    decode_into(payload.contiguous(), out, wire)
+    return out
+
+
+def decode_reduce(payloads: Tensor, numel: int, dtype: torch.dtype, form: str, divisor: int = 1) -> Tensor:
+    """The sum over the payloads, in rank order in float32, over `divisor`, as `dtype`; a new flat tensor."""
+    wire = _check_decode(payloads, 2, numel, dtype, form)
+    out = torch.empty(numel, dtype=dtype, device=payloads.device)
+    decode_reduce_into(payloads.contiguous(), out, wire, divisor)
+    return out
+
+
+def encode_into(x: Tensor, payload: Tensor, wire: WireFormat, seed: int = 0, first: int = 0) -> None:
+    """Write the payload of `x` (one dimension, contiguous) to `payload`; nothing is checked.
+
+    `first`: the number of ``x[0]`` in the tensor that `x` is a part of, for stochastic rounding.
+    """
+    whole = x.numel() // wire.row
+    numbers = [torch.tensor(number, device=x.device) for number in (seed, first)] if wire.stochastic else []
+    kernel = rows_kernel("encode", wire, x)
+    if whole:
+        kernel(
+            x[: whole * wire.row].view(whole, wire.row), payload[: whole * wire.width].view(whole, wire.width), *numbers
+        )
+    if rest := x[whole * wire.row :].numel():
+        padded = x.new_zeros(2, wire.row)
+        padded[0, :rest] = x[whole * wire.row :]
+        if wire.stochastic:
+            numbers[1] = numbers[1] + whole * wire.row
+        row = payload.new_empty(2, wire.width)
+        kernel(padded, row, *numbers)
+        payload[whole * wire.width :] = row[0]
+
+
+def decode_into(payload: Tensor, out: Tensor, wire: WireFormat) -> None:
+    """Write the values of `payload` to `out` (one dimension, contiguous); nothing is checked."""
+    decode_reduce_into(payload.unsqueeze(0), out, wire)
+
+
+def decode_reduce_into(payloads: Tensor, out: Tensor, wire: WireFormat, divisor: int = 1) -> None:
+    """Write the sum of `payloads` ``[W, payload_bytes]`` over `divisor` to `out` (one dimension, contiguous)."""
+    whole = out.numel() // wire.row
+    kernel = rows_kernel("decode_reduce", wire, out, payloads.shape[0], divisor)
+    if whole:
+        main = payloads[:, : whole * wire.width].unflatten(1, (whole, wire.width))
+        kernel(main, out[: whole * wire.row].view(whole, wire.row))
+    if rest := out[whole * wire.row :].numel():
+        last = payloads[:, None, whole * wire.width :].expand(-1, 2, -1).contiguous()
+        row = out.new_empty(2, wire.row)
+        kernel(last, row)
+        out[whole * wire.row :] = row[0, :rest]
+
+
+def _check_encode(x: Tensor, form: str) -> WireFormat:
+    if x.dtype not in FLOATS:
+        raise InputError(
+            f"A tensor of {x.dtype} cannot be encoded.", hint="send integers, bools and complex as they are"
+        )
+    return parse(form)
+
+
+def _check_decode(payload: Tensor, dims: int, numel: int, dtype: torch.dtype, form: str) -> WireFormat:
+    wire = parse(form)
+    if dtype not in FLOATS:
+        raise InputError(f"A payload cannot be decoded to {dtype}.", hint=f"use one of {', '.join(map(str, FLOATS))}")
+    if payload.dtype != torch.uint8 or payload.dim() != dims:
+        raise InputError(f"A payload of {dims} dimensions of uint8 is needed, not {payload.dim()} of {payload.dtype}.")
+    bytes_needed = wire.payload_bytes(numel)
+    torch._check_value(
+        payload.shape[-1] == bytes_needed,
+        lambda: f"{payload.shape[-1]} bytes are no payload of {numel} elements as {wire}: that takes {bytes_needed}.",
+    )
+    return wire
+
+
+# Meta
+
+
+@torch.library.register_fake("qpass::encode", lib=_library)
+def _encode_meta(x: Tensor, form: str, seed: int = 0) -> Tensor:
+    return x.new_empty(_check_encode(x, form).payload_bytes(x.numel()), dtype=torch.uint8)
+
+
+@torch.library.register_fake("qpass::decode", lib=_library)
+def _decode_meta(payload: Tensor, numel: int, dtype: torch.dtype, form: str) -> Tensor:
+    _check_decode(payload, 1, numel, dtype, form)
+    return payload.new_empty(numel, dtype=dtype)
+
+
+@torch.library.register_fake("qpass::decode_reduce", lib=_library)
+def _decode_reduce_meta(payloads: Tensor, numel: int, dtype: torch.dtype, form: str, divisor: int = 1) -> Tensor:
+    _check_decode(payloads, 2, numel, dtype, form)
+    return payloads.new_empty(numel, dtype=dtype)
+
+
+for _name, _function in (("encode", encode), ("decode", decode), ("decode_reduce", decode_reduce)):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+# In plain ATen
+
+
+def encode_formula(x: Tensor, form: str, seed: int = 0) -> Tensor:
+    """`encode` as a graph of ATen operators; sizes may be symbolic, the width of a row never is."""
+    wire = _check_encode(x, form)
+    flat, rows = x.reshape(-1), wire.rows(x.numel())
+    padded = torch.nn.functional.pad(flat, (0, rows * wire.row - x.numel())).reshape(-1, wire.row)
+    numbers = (torch.full((), number, dtype=torch.int64, device=x.device) for number in (seed, 0))
+    return wire_kernels.encode_rows(padded, wire, *numbers).reshape(-1)
+
+
+def decode_formula(payload: Tensor, numel: int, dtype: torch.dtype, form: str) -> Tensor:
+    """`decode` as a graph of ATen operators."""
+    return decode_reduce_formula(payload.unsqueeze(0), numel, dtype, form)
+
+
+def decode_reduce_formula(payloads: Tensor, numel: int, dtype: torch.dtype, form: str, divisor: int = 1) -> Tensor:
+    """`decode_reduce` as a graph of ATen operators."""
+    wire = _check_decode(payloads, payloads.dim(), numel, dtype, form)
+    rows = payloads.reshape(payloads.shape[0], -1, wire.width)
+    return wire_kernels.reduce_rows(rows, wire, divisor).reshape(-1)[:numel].to(dtype)
+
+
+FORMULAS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    torch.ops.qpass.encode.default: encode_formula,
+    torch.ops.qpass.decode.default: decode_formula,
+    torch.ops.qpass.decode_reduce.default: decode_reduce_formula,
+}
+"""Operator -> the same in plain ATen: a decomposition table for ``make_fx`` and Inductor."""
