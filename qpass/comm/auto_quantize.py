@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qpass.comm import collectives
+from qpass.comm import collectives, functional
 from qpass.comm.codec import Codec, codec
 from qpass.comm.finished import Finished
 from qpass.errors import InputError, near
@@ -58,22 +58,25 @@ def auto_quantize(
     Sent in full, by `func` itself, is what compression cannot help or must not touch: integers, booleans, complex
     numbers, dtypes that are no longer than their codes, reductions other than SUM and AVG, groups of one rank.
 
-    Like the functions of `torch.distributed` these have no gradient; `torch.distributed.nn.functional` has the ones
-    that do, see `qpass.comm.differentiable`, which `func` may come from too.
+    Writing to a buffer has no gradient, here as in `torch.distributed`. The functions that return new tensors,
+    `torch.distributed._functional_collectives`, have one, and keep it: see `qpass.comm.functional`.
 
     Args:
-        func: one of ``all_gather all_gather_into_tensor all_gather_single all_reduce all_to_all all_to_all_single
-            broadcast reduce_scatter reduce_scatter_tensor reduce_scatter_single`` of `torch.distributed`.
+        func: ``all_gather all_gather_into_tensor all_gather_single all_reduce all_to_all all_to_all_single broadcast
+            reduce_scatter reduce_scatter_tensor reduce_scatter_single`` of `torch.distributed`, or ``all_gather_single
+            all_reduce all_to_all_single broadcast reduce_scatter_single`` of its ``_functional_collectives``, also by
+            their ``_tensor`` and ``_autograd`` names.
         qtype: what values travel as.
         quant_loss: received floating-point values are divided by it, lists of tensors as well.
 
     Raises:
         InputError: `func` is none of these.
     """
-    name = _name_of(func)
     how = qtype if isinstance(qtype, Codec) else DQuantType(qtype).codec
     signature = inspect.signature(func)
-    plan_of, outputs_of = PLANS[name]
+    if func in functional.FUNCTIONS:
+        return _functional(func, how, signature, quant_loss)
+    plan_of, outputs_of = PLANS[_name_of(func)]
 
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -93,6 +96,24 @@ def auto_quantize(
             return Finished(work, plan.finish, outputs)
         plan.finish()
         return None
+
+    return torch.compiler.disable(wrapper)
+
+
+def _functional(
+    func: Callable[..., Any], how: Codec, signature: inspect.Signature, quant_loss: float | None
+) -> Callable[..., Any]:
+    run = functional.FUNCTIONS[func]
+
+    @functools.wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        call = bound.arguments
+        tensor = call["self"]
+        shorter = tensor.dtype in FLOATS and how.bits_per_element < 8 * tensor.element_size()
+        result = run(call, how) if shorter and call.get("reduceOp", "sum").lower() in ("sum", "avg") else func(**call)
+        return result / quant_loss if quant_loss is not None and result.is_floating_point() else result
 
     return torch.compiler.disable(wrapper)
 

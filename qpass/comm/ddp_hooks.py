@@ -97,8 +97,8 @@ class _Layout:
 class DDPHook:
     """What `ddp_hook` makes: callable as a DDP communication hook.
 
-    Each parameter starts a block, so codes, and the residuals of error feedback, do not depend on how DDP groups
-    parameters into buckets, which it changes after the first step. Parameters are numbered in the order of the buckets
+    Each parameter starts a row of blocks, so codes, and the residuals of error feedback, do not depend on how DDP
+    groups parameters into buckets, which it changes after the first step. Parameters are numbered in the order of the buckets
     of the first step that the hook sees: register it before the first backward pass, then the numbers, and so
     `state_dict`, mean the same in every run of a model.
     """
@@ -139,7 +139,9 @@ class DDPHook:
             return work.get_future().then(lambda future: future.value()[0])
         values = self._packed(buffer, layout)
         self.statistics.add(sent_bytes("all_reduce", self.codec.payload_bytes(values.numel()), world, 1), plain)
-        work = collectives.all_reduce(values, op=dist.ReduceOp.AVG, group=group, codec=self.codec, async_op=True)
+        shots = "one_shot" if world == 2 else "two_shot"  # never by size, which depends on the buckets
+        op = dist.ReduceOp.AVG
+        work = collectives.all_reduce(values, op, group, self.codec, async_op=True, schedule=shots)
 
         def unpack(future: torch.futures.Future[Any]) -> Tensor:
             future.value()  # raises what went wrong
