@@ -15,6 +15,7 @@ from torch import Tensor
 from qpass.comm import collectives, functional
 from qpass.comm.codec import Codec, codec
 from qpass.comm.finished import Finished
+from qpass.comm.traced import traced
 from qpass.errors import InputError, near
 from qpass.ops.comm import FLOATS
 
@@ -52,8 +53,8 @@ def auto_quantize(
     """`func` with compression: called in every way in which `func` can be called, with the same effect.
 
     The caller's own buffers are written, in their own dtype, shape and strides; ``async_op=True`` returns a Work, after
-    whose ``wait()`` they are complete; the arguments may be positional or by keyword. Under `torch.compile` a call
-    breaks the graph, as ``async_op=True``, ``broadcast`` and ``all_to_all`` of `torch.distributed` do themselves.
+    whose ``wait()`` they are complete; the arguments may be positional or by keyword. `torch.compile` takes the calls
+    into its graph that it takes from `torch.distributed` too: all but ``async_op=True``, ``broadcast``, ``all_to_all``.
 
     Sent in full, by `func` itself, is what compression cannot help or must not touch: integers, booleans, complex
     numbers, dtypes that are no longer than their codes, reductions other than SUM and AVG, groups of one rank.
@@ -76,10 +77,11 @@ def auto_quantize(
     signature = inspect.signature(func)
     if func in functional.FUNCTIONS:
         return _functional(func, how, signature, quant_loss)
-    plan_of, outputs_of = PLANS[_name_of(func)]
+    name = _name_of(func)
+    plan_of, outputs_of = PLANS[name]
 
-    @functools.wraps(func)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    @torch.compiler.disable
+    def eager(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         call = bound.arguments
@@ -97,7 +99,13 @@ def auto_quantize(
         plan.finish()
         return None
 
-    return torch.compiler.disable(wrapper)
+    compiling = traced(name, how, quant_loss, eager)
+
+    @functools.wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return compiling(*args, **kwargs) if torch.compiler.is_compiling() else eager(*args, **kwargs)
+
+    return wrapper
 
 
 def _functional(

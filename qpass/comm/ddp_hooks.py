@@ -98,8 +98,8 @@ class DDPHook:
     """What `ddp_hook` makes: callable as a DDP communication hook.
 
     Each parameter starts a row of blocks, so codes, and the residuals of error feedback, do not depend on how DDP
-    groups parameters into buckets, which it changes after the first step. Parameters are numbered in the order of the buckets
-    of the first step that the hook sees: register it before the first backward pass, then the numbers, and so
+    groups parameters into buckets, which it changes after the first step. Parameters are numbered in the order of the
+    buckets of the first step that the hook sees: register it before the first backward pass, then the numbers, and so
     `state_dict`, mean the same in every run of a model.
     """
 
