@@ -62,9 +62,9 @@ class Codec(WireFormat):
         amax = blocks.abs().amax(1, keepdim=True) if blocks.numel() else blocks[:, :1]
         step = (amax * self._step()).clamp(min=wire_kernels.SMALLEST)
         if self.format == "fp8_e4m3":  # 3 bits behind the point; below 2^-6 the spacing stays 2^-9
-            bound = torch.maximum(blocks.abs() * 2.0**-4, step * 2.0**-10) + (amax * 2.0**-4 if self._saturates else 0)
+            bound = torch.maximum(blocks.abs() * 2.0**-4, step * 2.0**-10) + (amax * 2.0**-4 if self.saturates else 0)
         else:
-            bound = (step * (1.0 if self.stochastic or self._saturates else 0.5)).expand_as(blocks)
+            bound = (step * (1.0 if self.stochastic or self.saturates else 0.5)).expand_as(blocks)
         bound = torch.where(amax <= wire_kernels.LARGEST, bound, torch.nan).reshape(-1)
         if self.hadamard:
             largest = bound.reshape(-1, ROTATION).amax(1, keepdim=True) * ROTATION**0.5
@@ -77,7 +77,7 @@ class Codec(WireFormat):
         if self.is_cast:
             share = torch.finfo(CASTS[self.format]).eps / 2
             return f"{self}: {self.bits} bits, error at most {share:.2g} of a value"
-        share = self._step() * (1.0 if self.stochastic or self._saturates else 0.5)
+        share = self._step() * (1.0 if self.stochastic or self.saturates else 0.5)
         if self.format == "fp8_e4m3":
             return f"{self}: {self.bits_per_element:.4g} bits, error at most 2^-4 of a value"
         spread = " after rotation" if self.hadamard else ""

@@ -11,6 +11,7 @@ Inductor compiled (`qpass.ops.wire_compiled`). Codes have no derivative: none of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from qpass.errors import InputError
 from qpass.ops import wire_kernels
-from qpass.ops.wire_compiled import rows_kernel
-from qpass.ops.wire_format import WireFormat, parse
+from qpass.ops.wire_compiled import encode_kernel, reduce_kernel, split
+from qpass.ops.wire_format import CASTS, WireFormat, parse
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -62,21 +63,25 @@ def encode_into(x: Tensor, payload: Tensor, wire: WireFormat, seed: int = 0, fir
 
     `first`: the number of ``x[0]`` in the tensor that `x` is a part of, for stochastic rounding.
     """
+    if wire.is_cast:
+        payload.view(CASTS[wire.format]).copy_(x)
+        return
+    kernel = encode_kernel(wire, x.dtype, x.device, x.numel())
     whole = x.numel() // wire.row
     numbers = [torch.tensor(number, device=x.device) for number in (seed, first)] if wire.stochastic else []
-    kernel = rows_kernel("encode", wire, x)
-    if whole:
-        kernel(
-            x[: whole * wire.row].view(whole, wire.row), payload[: whole * wire.width].view(whole, wire.width), *numbers
-        )
-    if rest := x[whole * wire.row :].numel():
+    if whole > 1:
+        rows = payload[: whole * wire.width].view(whole, wire.width)
+        kernel(x[: whole * wire.row].view(whole, wire.row), *split(rows, wire), *numbers)
+    else:
+        whole = 0
+    if rest := x.numel() - whole * wire.row:  # less than two rows, which is what a kernel takes at least
         padded = x.new_zeros(2, wire.row)
-        padded[0, :rest] = x[whole * wire.row :]
+        padded.view(-1)[:rest] = x[whole * wire.row :]
         if wire.stochastic:
             numbers[1] = numbers[1] + whole * wire.row
-        row = payload.new_empty(2, wire.width)
-        kernel(padded, row, *numbers)
-        payload[whole * wire.width :] = row[0]
+        rows = payload.new_empty(2, wire.width)
+        kernel(padded, *split(rows, wire), *numbers)
+        payload[whole * wire.width :] = rows.view(-1)[: payload.numel() - whole * wire.width]
 
 
 def decode_into(payload: Tensor, out: Tensor, wire: WireFormat) -> None:
@@ -86,16 +91,29 @@ def decode_into(payload: Tensor, out: Tensor, wire: WireFormat) -> None:
 
 def decode_reduce_into(payloads: Tensor, out: Tensor, wire: WireFormat, divisor: int = 1) -> None:
     """Write the sum of `payloads` ``[W, payload_bytes]`` over `divisor` to `out` (one dimension, contiguous)."""
+    if wire.is_cast:
+        total = payloads[0].view(CASTS[wire.format]).to(torch.float32)
+        for payload in payloads[1:]:
+            total = total + payload.view(CASTS[wire.format])
+        out.copy_(total / divisor if divisor != 1 else total)
+        return
+    kernel = reduce_kernel(wire, out.dtype, out.device, out.numel(), len(payloads), divisor)
     whole = out.numel() // wire.row
-    kernel = rows_kernel("decode_reduce", wire, out, payloads.shape[0], divisor)
-    if whole:
-        main = payloads[:, : whole * wire.width].unflatten(1, (whole, wire.width))
-        kernel(main, out[: whole * wire.row].view(whole, wire.row))
-    if rest := out[whole * wire.row :].numel():
-        last = payloads[:, None, whole * wire.width :].expand(-1, 2, -1).contiguous()
-        row = out.new_empty(2, wire.row)
-        kernel(last, row)
-        out[whole * wire.row :] = row[0, :rest]
+    if whole > 1:
+        rows = [payload[: whole * wire.width].view(whole, wire.width) for payload in payloads]
+        kernel(*out[: whole * wire.row].view(whole, wire.row).chunk(wire.pieces, dim=1), *rows)
+    else:
+        whole = 0
+    if rest := out.numel() - whole * wire.row:
+        parts = []
+        for payload in payloads:
+            last = payload[whole * wire.width :]
+            padded = last.new_zeros(2, wire.width)
+            padded.view(-1)[: last.numel()] = last
+            parts.append(padded)
+        values = out.new_empty(2, wire.row)
+        kernel(*values.chunk(wire.pieces, dim=1), *parts)
+        out[whole * wire.row :] = values.view(-1)[:rest]
 
 
 def _check_encode(x: Tensor, form: str) -> WireFormat:
@@ -151,9 +169,12 @@ def encode_formula(x: Tensor, form: str, seed: int = 0) -> Tensor:
     """`encode` as a graph of ATen operators; sizes may be symbolic, the width of a row never is."""
     wire = _check_encode(x, form)
     flat, rows = x.reshape(-1), wire.rows(x.numel())
+    if wire.is_cast:
+        return flat.to(CASTS[wire.format]).view(torch.uint8)
     padded = torch.nn.functional.pad(flat, (0, rows * wire.row - x.numel())).reshape(-1, wire.row)
-    numbers = (torch.full((), number, dtype=torch.int64, device=x.device) for number in (seed, 0))
-    return wire_kernels.encode_rows(padded, wire, *numbers).reshape(-1)
+    numbers = [torch.full((), number, dtype=torch.int64, device=x.device) for number in (seed, 0)]
+    codes, scales = wire_kernels.encode_rows(padded, wire, *numbers)
+    return torch.cat([codes, scales.view(torch.uint8)], dim=1).reshape(-1)
 
 
 def decode_formula(payload: Tensor, numel: int, dtype: torch.dtype, form: str) -> Tensor:
@@ -164,8 +185,14 @@ def decode_formula(payload: Tensor, numel: int, dtype: torch.dtype, form: str) -
 def decode_reduce_formula(payloads: Tensor, numel: int, dtype: torch.dtype, form: str, divisor: int = 1) -> Tensor:
     """`decode_reduce` as a graph of ATen operators."""
     wire = _check_decode(payloads, payloads.dim(), numel, dtype, form)
+    if wire.is_cast:
+        total = functools.reduce(
+            torch.add, (payload.view(CASTS[wire.format]).to(torch.float32) for payload in payloads)
+        )
+        return (total / divisor if divisor != 1 else total).to(dtype)
     rows = payloads.reshape(payloads.shape[0], -1, wire.width)
-    return wire_kernels.reduce_rows(rows, wire, divisor).reshape(-1)[:numel].to(dtype)
+    pieces = wire_kernels.reduce_rows((split(row, wire) for row in rows), wire, divisor)
+    return torch.cat(pieces, dim=1).reshape(-1)[:numel].to(dtype)
 
 
 FORMULAS: dict[torch._ops.OpOverload, Callable[..., Any]] = {

@@ -1,7 +1,7 @@
 """WireFormat: how a tensor lies in a payload, as a value that compares, hashes and has a written form.
 
 A payload is one flat uint8 buffer, made of rows of constant width. A row holds `row` elements: their codes, then the
-scales of their blocks, both little-endian::
+scales of their blocks, in the machine's byte order (little-endian on all that torch runs on)::
 
     int8, block 128, bf16 scales     | 128 codes            | 1 scale  |   130 bytes, 8.125 bits an element
     int4, block 32, bf16 scales      |  64 bytes of codes   | 4 scales |    72 bytes, 4.5 bits an element
@@ -40,8 +40,7 @@ class WireFormat:
 
     Args:
         format: one of `CODES` (block scales) or `CASTS` (a plain cast).
-        block: elements that share a scale. A whole number of bytes of codes: any for 8 bits, even for 4, a multiple
-            of 4 for 6.
+        block: elements that share a scale, any number.
         scale: one of `SCALES`.
         hadamard: rotate every 128 elements by an orthonormal Hadamard matrix first, which spreads outliers.
         stochastic: round up or down at random, so that the decoded value is right on average.
@@ -68,10 +67,8 @@ class WireFormat:
             if self.hadamard or self.stochastic:
                 raise ConfigError(f"{self.format} is a cast: it has neither rotation nor stochastic rounding.")
             return
-        if not isinstance(self.block, int) or self.block < 1 or self.block * self.bits % 8:
-            raise ConfigError(f"A block of {self.block} codes of {self.bits} bits is not a whole number of bytes.")
-        if self.bits < 8 and self.row * self.bits // 8 % (2 if self.bits == 4 else 3):
-            raise ConfigError(f"A block of {self.block} codes of {self.bits} bits cannot be packed.")
+        if not isinstance(self.block, int) or self.block < 1:
+            raise ConfigError(f"A block has a whole, positive number of elements, not {self.block!r}.")
         if self.hadamard and self.row % ROTATION:
             raise ConfigError(
                 f"A rotation mixes {ROTATION} elements, which do not fit blocks of {self.block}.",
@@ -86,6 +83,11 @@ class WireFormat:
         return self.format in CASTS
 
     @property
+    def saturates(self) -> bool:
+        """Whether the largest values of a block may be cut off: the scale is a power of two, rounded down."""
+        return self.scale == "e8m0" and not self.stochastic
+
+    @property
     def bits(self) -> int:
         """Bits of a code."""
         return 8 * CASTS[self.format].itemsize if self.is_cast else CODES[self.format][0]
@@ -96,9 +98,22 @@ class WireFormat:
         return CODES[self.format][1]
 
     @property
+    def pieces(self) -> int:
+        """Equal pieces that a row is decoded in: the codes of a byte lie one piece apart."""
+        return 1 if self.is_cast or self.hadamard else {8: 1, 6: 4, 4: 2}[self.bits]
+
+    @property
     def row(self) -> int:
-        """Elements of a row: whole blocks, at least 128 elements; 1 where there are no blocks."""
-        return 1 if self.is_cast else self.block * max(1, 128 // self.block)
+        """Elements of a row: whole blocks, about 128 elements or more; 1 where there are no blocks.
+
+        The codes of a row fill whole bytes, and whole scales: so scales lie where their dtype can be read in place.
+        """
+        if self.is_cast:
+            return 1
+        blocks = max(1, 128 // self.block)
+        while self.block * blocks * self.bits % (8 * SCALES[self.scale]):
+            blocks += 1
+        return self.block * blocks
 
     @property
     def code_bytes(self) -> int:

@@ -13,133 +13,137 @@ maximum, so eager and compiled code give the same bits, whatever the number of r
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from qpass.ops.wire_format import CASTS, ROTATION, SCALES, WireFormat
+from qpass.ops.wire_format import ROTATION, WireFormat
+
+Keep = Callable[[Tensor], Tensor]
+
+SCALE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "e8m0": torch.uint8}
+"""Scale format -> the dtype that a scale is read as."""
+
+SCALE_BITS = {"bf16": torch.int16, "fp32": torch.int32, "e8m0": torch.uint8}
+"""Scale format -> the dtype that a scale's bits are written as: a float's NaN would have bits of the CPU's choice."""
 
 SMALLEST = 2.0**-126
 LARGEST = torch.finfo(torch.float32).max
 _NAN_BITS = 0x7FC00000  # one NaN for all: ranks compare bytes
 
 
-def encode_rows(x: Tensor, form: WireFormat, seed: Tensor, first: Tensor) -> Tensor:
-    """``[rows, row] -> uint8 [rows, width]``.
+def encode_rows(
+    x: Tensor, form: WireFormat, seed: Tensor | None = None, first: Tensor | None = None, keep: Keep = lambda x: x
+) -> tuple[Tensor, Tensor]:
+    """``[rows, row] -> codes uint8 [rows, code_bytes], scales [rows, row / block]`` of the dtype in `SCALE_BITS`.
 
     Args:
         x: any floating dtype; computed in float32, so a float64 beyond float32's range counts as infinite.
-        seed, first: int64 scalars, read only by stochastic rounding: the seed, and the number of the first element in
-            the tensor that `x` is a part of, so that cutting a tensor into parts does not change its codes.
+        seed, first: int64 scalars for stochastic rounding: the seed, and the number of the first element in the tensor
+            that `x` is a part of, so that cutting a tensor into parts does not change its codes.
+        keep: applied to what is computed once a block and read by every element: a compiler's hint to store it.
     """
-    if form.is_cast:
-        return x.to(CASTS[form.format]).view(torch.uint8)
     rows = x.shape[0]
     x = x.to(torch.float32)
     if form.hadamard:
         x = rotate(x)
     blocks = x.reshape(rows, form.row // form.block, form.block)
-    scale_bytes, scale = encode_scale(blocks.abs().amax(-1), form)
-    values = blocks * (1.0 / scale).unsqueeze(-1)
+    amax = blocks.abs().amax(-1)
+    finite = amax <= LARGEST
+    stored, scale = encode_scale(amax, finite, form)
+    values = torch.where(finite.unsqueeze(-1), blocks * keep(1.0 / scale).unsqueeze(-1), 0.0)
     if form.format == "fp8_e4m3":
-        codes = _clamp(values, form.largest).to(torch.float8_e4m3fn).view(torch.uint8).reshape(rows, form.row)
-        return torch.cat([codes, scale_bytes], dim=1)
+        codes = values.clamp(-form.largest, form.largest).to(torch.float8_e4m3fn).view(torch.uint8)
+        return codes.reshape(rows, form.row), stored
     if form.stochastic:
+        assert seed is not None
         index = first + torch.arange(rows * form.row, device=x.device).reshape(blocks.shape)
         values = torch.floor(values + uniform(index, seed))
     else:
         values = torch.round(values)
-    biased = (_clamp(values, form.largest) + float(1 << (form.bits - 1))).reshape(rows, form.row)
-    return torch.cat([*pack(biased, form.bits), scale_bytes], dim=1)
+    if form.saturates or form.stochastic:  # the latter where adding the random number rounds up to the next code
+        values = values.clamp(-form.largest, form.largest)
+    return pack((values + float(1 << (form.bits - 1))).reshape(rows, form.row), form.bits), stored
 
 
-def decode_rows(payload: Tensor, form: WireFormat) -> Tensor:
-    """``uint8 [rows, width] -> float32 [rows, row]``."""
-    if form.is_cast:
-        return payload.view(CASTS[form.format]).to(torch.float32)
-    rows = payload.shape[0]
-    codes = payload[:, : form.code_bytes]
-    scale = decode_scale(payload[:, form.code_bytes :], form)
+def decode_rows(codes: Tensor, stored: Tensor, form: WireFormat) -> list[Tensor]:
+    """Codes as `encode_rows` returns them, scales of the dtype in `SCALE_DTYPES` ``-> float32``, in equal pieces.
+
+    The pieces, side by side, are ``[rows, row]``; a row of packed codes comes apart into as many as a byte's codes are
+    far from each other (`form.pieces`), and a compiler writes each where it belongs.
+    """
+    scale = decode_scale(stored, form)
     if form.format == "fp8_e4m3":
-        values = codes.view(torch.float8_e4m3fn).to(torch.float32)
+        parts = [codes.view(torch.float8_e4m3fn).to(torch.float32)]
     else:
-        values = unpack(codes, form.bits).to(torch.float32) - float(1 << (form.bits - 1))
-    x = (values.reshape(rows, form.row // form.block, form.block) * scale.unsqueeze(-1)).reshape(rows, form.row)
-    return rotate(x) if form.hadamard else x
+        parts = [part.to(torch.float32) - float(1 << (form.bits - 1)) for part in unpack(codes, form.bits)]
+    values = _scaled(parts, scale, form)
+    return [rotate(torch.cat(values, dim=1))] if form.hadamard else values
 
 
-def reduce_rows(payloads: Tensor, form: WireFormat, divisor: int) -> Tensor:
-    """``uint8 [W, rows, width] -> float32 [rows, row]``: the sum in rank order, divided by `divisor`."""
-    total = decode_rows(payloads[0], form)
-    for rank in range(1, payloads.shape[0]):
-        total = total + decode_rows(payloads[rank], form)
-    return total / divisor if divisor != 1 else total
+def reduce_rows(payloads: Iterable[tuple[Tensor, Tensor]], form: WireFormat, divisor: int) -> list[Tensor]:
+    """Codes and scales of every rank -> the sum of what they decode to, in their order, over `divisor`; in pieces."""
+    decoded = (decode_rows(codes, stored, form) for codes, stored in payloads)
+    total = functools.reduce(lambda sums, values: [a + b for a, b in zip(sums, values, strict=True)], decoded)
+    return [value / divisor for value in total] if divisor != 1 else total
 
 
-def encode_scale(amax: Tensor, form: WireFormat) -> tuple[Tensor, Tensor]:
-    """``[rows, blocks] -> bytes [rows, blocks * size], scale as it will be decoded`` (NaN where `amax` is not finite).
+def encode_scale(amax: Tensor, finite: Tensor, form: WireFormat) -> tuple[Tensor, Tensor]:
+    """``amax [rows, blocks] -> the scale as it is stored, the scale as it will be decoded``: NaN where not `finite`.
 
     bf16 rounds to nearest: that moves the largest code by less than half a step (127 * 2^-8 < 1/2), so nothing
     saturates. e8m0 takes ``floor(log2(amax))``, as the microscaling formats do, and lets the top saturate. Stochastic
     rounding would be biased where it saturates, so there both round up.
     """
-    finite = amax <= LARGEST
-    exact = (amax / form.largest).clamp(min=SMALLEST)
-    bits = exact.view(torch.int32)
+    bits = (amax / form.largest).clamp(min=SMALLEST).view(torch.int32)
     if form.scale == "e8m0":
         if form.stochastic:
             exponent = (bits + 0x7FFFFF) >> 23
         else:
             exponent = ((amax.view(torch.int32) >> 23) - int(math.log2(form.largest))).clamp(min=1)
-        stored = torch.where(finite, exponent, 255)
-        scale = torch.where(finite, (exponent << 23).view(torch.float32), math.nan)
-        return stored.to(torch.uint8), scale
+        stored = torch.where(finite, exponent, 255).to(torch.uint8)
+        return stored, torch.where(finite, exponent << 23, _NAN_BITS).view(torch.float32)
     if form.scale == "bf16":
-        carry = 0xFFFF if form.stochastic else 0x7FFF + ((bits >> 16) & 1)
-        bits = (bits + carry) & -0x10000
+        bits = (bits + (0xFFFF if form.stochastic else 0x7FFF + ((bits >> 16) & 1))) & -0x10000
     bits = torch.where(finite, bits, _NAN_BITS)
-    return _bytes(bits, SCALES[form.scale]), bits.view(torch.float32)
+    return (bits >> 16).to(torch.int16) if form.scale == "bf16" else bits, bits.view(torch.float32)
 
 
 def decode_scale(stored: Tensor, form: WireFormat) -> Tensor:
-    """``bytes [rows, blocks * size] -> float32 [rows, blocks]``."""
-    size = SCALES[form.scale]
-    parts = stored.reshape(stored.shape[0], form.row // form.block, size).to(torch.int32)
-    if size == 1:
-        exponent = parts[..., 0]
+    """Scales of the dtype in `SCALE_DTYPES` ``-> float32``, of the same shape."""
+    if form.scale == "e8m0":
+        exponent = stored.to(torch.int32)
         return torch.where(exponent == 255, _NAN_BITS, exponent << 23).view(torch.float32)
-    bits = parts[..., 0] << (8 * (4 - size))
-    for index in range(1, size):
-        bits = bits | (parts[..., index] << (8 * (4 - size + index)))
-    return bits.view(torch.float32)
+    return stored.to(torch.float32)
 
 
-def pack(codes: Tensor, bits: int) -> Sequence[Tensor]:
-    """Whole numbers ``[rows, row]`` of `bits` bits, in floating point -> the bytes of each row, in pieces.
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Whole numbers ``[rows, row]`` of `bits` bits, in floating point ``-> uint8 [rows, row * bits / 8]``.
 
     A byte holds codes that lie far apart, so that whole vectors are packed at once: 4 bits put the second half of the
     row above the first half, 6 bits spread the last quarter over the free bits of the other three.
     """
     if bits == 8:
-        return [codes.to(torch.uint8)]
+        return codes.to(torch.uint8)
     if bits == 4:
         low, high = codes.chunk(2, dim=1)
-        return [(low + high * 16.0).to(torch.uint8)]
+        return (low + high * 16.0).to(torch.uint8)
     *quarters, last = codes.to(torch.uint8).chunk(4, dim=1)
-    return [quarter | (last >> (2 * place) << 6) for place, quarter in enumerate(quarters)]
+    return torch.cat([quarter | (last >> (2 * place) << 6) for place, quarter in enumerate(quarters)], dim=1)
 
 
-def unpack(codes: Tensor, bits: int) -> Tensor:
-    """The reverse of `pack`: bytes ``[rows, row * bits / 8]`` -> uint8 ``[rows, row]``."""
+def unpack(codes: Tensor, bits: int) -> list[Tensor]:
+    """The reverse of `pack`: bytes ``[rows, row * bits / 8]`` -> uint8 pieces that are ``[rows, row]`` side by side."""
     if bits == 8:
-        return codes
+        return [codes]
     if bits == 4:
-        return torch.cat([codes & 15, codes >> 4], dim=1)
+        return [codes & 15, codes >> 4]
     thirds = codes.chunk(3, dim=1)
     last = (thirds[0] >> 6) | (thirds[1] >> 6 << 2) | (thirds[2] >> 6 << 4)
-    return torch.cat([*(third & 63 for third in thirds), last], dim=1)
+    return [*(third & 63 for third in thirds), last]
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -175,13 +179,19 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _clamp(values: Tensor, largest: float) -> Tensor:
-    """To -largest..largest, NaN to -largest: a code that no machine leaves to chance (its block's scale is NaN)."""
-    values = torch.where(values > -largest, values, -largest)
-    return torch.where(values < largest, values, largest)
+def _scaled(parts: list[Tensor], scale: Tensor, form: WireFormat) -> list[Tensor]:
+    """Every part ``[rows, row / parts]`` times the scales ``[rows, blocks]`` of its elements.
 
-
-def _bytes(bits: Tensor, size: int) -> Tensor:
-    """The upper `size` bytes of int32 ``[rows, blocks]``, little-endian: ``uint8 [rows, blocks * size]``."""
-    parts = [((bits >> (8 * (4 - size + index))) & 255).to(torch.uint8) for index in range(size)]
-    return torch.stack(parts, dim=-1).reshape(bits.shape[0], bits.shape[1] * size)
+    Where a part is whole blocks, or lies in one, its scales are broadcast, which vectorizes; elsewhere they are copied.
+    """
+    size, rows = form.row // len(parts), scale.shape[0]
+    if size % form.block == 0:
+        own = scale.unsqueeze(-1).chunk(len(parts), dim=1)
+        return [
+            (part.reshape(rows, -1, form.block) * a).reshape(rows, size) for part, a in zip(parts, own, strict=True)
+        ]
+    if form.block % size == 0:
+        firsts = (index * size // form.block for index in range(len(parts)))
+        return [part * scale[:, first : first + 1] for part, first in zip(parts, firsts, strict=True)]
+    each = scale.unsqueeze(-1).expand(-1, -1, form.block).reshape(rows, form.row).chunk(len(parts), dim=1)
+    return [part * own for part, own in zip(parts, each, strict=True)]
