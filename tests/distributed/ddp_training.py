@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qpass.comm
+from distributed.auto_quantize_defects import traceable
 from distributed.hook_defects import Bucket, verdicts
 
 Hook = Any
@@ -181,6 +182,6 @@ def figures() -> dict[str, dict[str, Any]]:
     return {run.__name__: dict(run()) for run in (distances, resumed, grouping, feedback, overflow, counts)}
 
 
-def verdicts_and_figures() -> tuple[dict[tuple[str, str], str], dict[str, dict[str, Any]]]:
-    """Both files' checks on one group of processes, which take longer to start than to check."""
-    return verdicts(), figures()
+def everything() -> dict[str, Any]:
+    """All that needs 4 ranks, in one group of processes: starting them takes longer than the checks."""
+    return {"verdicts": verdicts(), "figures": figures(), "traceable": traceable()}

@@ -44,6 +44,12 @@ def test_gradients_are_those_of_torch(ranks: list[dict[str, Any]]) -> None:
         assert all(rank["gradients"].values())
 
 
+def test_graphs_hold_what_eager_calls_do(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert len(rank["traceable"]) == 7
+        assert all(rank["traceable"].values())
+
+
 def test_a_function_that_is_no_collective_is_refused() -> None:
     with pytest.raises(qpass.QpassError, match=r"auto_quantize does not know 'all_gather_object'.*did you mean"):
         qpass.comm.auto_quantize(dist.all_gather_object, qpass.comm.DQuantType.FP16)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import qpass.comm
-from distributed.ddp_training import verdicts_and_figures
+from distributed.ddp_training import everything
 from distributed.hook_defects import DEFECTS, FINE_ONCE_REPAIRED
 from distributed.ranks import on_ranks
 
@@ -16,18 +16,23 @@ Figures = list[dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[Any]:
-    return on_ranks(4, verdicts_and_figures)
+def ranks() -> list[dict[str, Any]]:
+    return on_ranks(4, everything)
 
 
 @pytest.fixture(scope="module")
-def found(ranks: list[Any]) -> Verdicts:
-    return [found for found, _ in ranks]
+def found(ranks: list[dict[str, Any]]) -> Verdicts:
+    return [rank["verdicts"] for rank in ranks]
 
 
 @pytest.fixture(scope="module")
-def measured(ranks: list[Any]) -> Figures:
-    return [measured for _, measured in ranks]
+def measured(ranks: list[dict[str, Any]]) -> Figures:
+    return [rank["figures"] for rank in ranks]
+
+
+def test_graphs_of_four_ranks(ranks: list[dict[str, Any]]) -> None:
+    """What `torch.compile` traces of auto_quantize equals the eager calls, two-shot too (two ranks: see there)."""
+    assert all(len(rank["traceable"]) == 7 and all(rank["traceable"].values()) for rank in ranks)
 
 
 @pytest.mark.parametrize("check", DEFECTS)
