@@ -1,0 +1,234 @@
+"""A DDP bucket -> its average over the ranks, sent as codes: `model.register_comm_hook(None, ddp_hook(bits=8))`.
+
+Annotations are not postponed in this file: DDP compares those of a hook with the classes themselves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import GradBucket  # type: ignore[attr-defined]  # exported, but not said to be
+
+from qpass.comm import collectives
+from qpass.comm.codec import Codec, codec
+from qpass.comm.cost import Link, decide
+from qpass.comm.statistics import Statistics, sent_bytes
+from qpass.errors import ConfigError
+
+Future = torch.futures.Future[torch.Tensor]
+FORMATS = {8: "int8", 6: "int6", 4: "int4"}
+
+
+def quantization_pertensor_hook(
+    process_group: dist.ProcessGroup | None, bucket: GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """The average of a bucket, sent as int8 with a scale for every 128 elements.
+
+    The name is torch's, and the call; one scale a tensor would let one outlier erase all other gradients.
+    Use it as ``model.register_comm_hook(process_group, quantization_pertensor_hook)``.
+
+    Args:
+        process_group: None for the default group.
+        bucket: float16, bfloat16, float32 or float64; the result has its dtype.
+    """
+    return DDPHook(codec("int8"))(process_group, bucket)
+
+
+def quantization_perchannel_hook(
+    process_group: dist.ProcessGroup | None, bucket: GradBucket, bucket_size: int = 512
+) -> torch.futures.Future[torch.Tensor]:
+    """`quantization_pertensor_hook` with a scale for every `bucket_size` elements."""
+    return DDPHook(codec("int8", block=bucket_size))(process_group, bucket)
+
+
+def ddp_hook(
+    bits: int = 8,
+    block: int = 128,
+    error_feedback: bool = False,
+    hadamard: bool = False,
+    *,
+    format: str | Codec | None = None,
+    warm_up: int = 0,
+    link: Link | None = None,
+    measure_error: bool = False,
+) -> "DDPHook":
+    """A hook with a state of its own: ``model.register_comm_hook(process_group_or_None, ddp_hook(bits=4, ...))``.
+
+    Args:
+        bits: of a code: 8, 6 or 4.
+        block: elements that share a scale.
+        error_feedback: add what rounding took from a gradient to the next step's gradient. It costs a float32 copy of
+            the gradients and a second coding. Rounding of the sum itself, which happens from 3 ranks on, is not fed
+            back.
+        hadamard: rotate blocks of 128 before coding, which spreads outliers.
+        format: a codec instead of `bits`, `block` and `hadamard`: ``"bf16"`` and ``"fp16"`` are torch's compress hooks.
+        warm_up: so many first steps are sent in full.
+        link: constants of `calibrate_link`; buckets that would not be faster compressed are then sent in full.
+        measure_error: keep `statistics.error_norm` also without error feedback, for a second coding.
+
+    Raises:
+        ConfigError: no such codec.
+    """
+    if format is not None:
+        return DDPHook(codec(format), error_feedback, warm_up, link, measure_error)
+    if bits not in FORMATS:
+        raise ConfigError(f"ddp_hook has no codes of {bits!r} bits.", hint=f"use one of {', '.join(map(str, FORMATS))}")
+    chosen = codec(FORMATS[bits], block=block, hadamard=hadamard)
+    return DDPHook(chosen, error_feedback, warm_up, link, measure_error)
+
+
+@dataclass
+class _Layout:
+    """How the parameters of a bucket lie in the tensor that is sent: each starts a row of its own."""
+
+    parameters: list[Tensor]
+    sizes: list[int]
+    padded: list[int]
+    residual: Tensor | None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.sizes == self.padded or len(self.sizes) == 1
+
+
+class DDPHook:
+    """What `ddp_hook` makes: callable as a DDP communication hook.
+
+    Each parameter starts a row of blocks, so codes, and the residuals of error feedback, do not depend on how DDP
+    groups parameters into buckets, which it changes after the first step. Parameters are numbered in the order of the
+    buckets of the first step that the hook sees: register it before the first backward pass, then the numbers, and so
+    `state_dict`, mean the same in every run of a model.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        error_feedback: bool = False,
+        warm_up: int = 0,
+        link: Link | None = None,
+        measure_error: bool = False,
+    ) -> None:
+        self.codec, self.error_feedback, self.warm_up, self.link = codec, error_feedback, warm_up, link
+        self.measure_error = measure_error
+        self.statistics = Statistics()
+        self._layouts: dict[int, _Layout] = {}
+        self._numbers: dict[int, int] = {}  # id of a parameter -> its number
+        self._residuals: dict[int, Tensor] = {}  # number -> float32, flat
+        self.__name__ = self.__qualname__ = "qpass_ddp_hook"  # DDP logs it
+
+    def __call__(
+        self, process_group: dist.ProcessGroup | None, bucket: GradBucket
+    ) -> torch.futures.Future[torch.Tensor]:
+        """The future of the bucket's average over the group, in the bucket's own dtype."""
+        group = process_group if process_group is not None else dist.group.WORLD
+        assert group is not None
+        buffer, world, warm = bucket.buffer(), group.size(), self.statistics.steps < self.warm_up
+        layout = self._layout(bucket)
+        self.statistics.steps += bucket.is_last()
+        if world == 1:
+            done: Future = torch.futures.Future()
+            done.set_result(buffer)
+            return done
+        plain = sent_bytes("all_reduce", buffer.numel(), world, buffer.element_size())
+        if warm or not self._pays(buffer, world):
+            self.statistics.add(plain, plain)
+            work = dist.all_reduce(buffer.div_(world), group=group, async_op=True)
+            return work.get_future().then(lambda future: future.value()[0])
+        values = self._packed(buffer, layout)
+        self.statistics.add(sent_bytes("all_reduce", self.codec.payload_bytes(values.numel()), world, 1), plain)
+        shots = "one_shot" if world == 2 else "two_shot"  # never by size, which depends on the buckets
+        op = dist.ReduceOp.AVG
+        work = collectives.all_reduce(values, op, group, self.codec, async_op=True, schedule=shots)
+
+        def unpack(future: torch.futures.Future[Any]) -> Tensor:
+            future.value()  # raises what went wrong
+            return self._unpacked(values, buffer, layout)
+
+        return work.get_future().then(unpack)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank needs to continue bit for bit: steps, counts, residuals. Save it on every rank."""
+        counts = asdict(self.statistics)
+        residuals = {number: residual.clone() for number, residual in self._residuals.items()}
+        return {"codec": str(self.codec), "statistics": counts, "residuals": residuals}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, on the same rank of the same model.
+
+        Raises:
+            ConfigError: it was saved with another codec.
+        """
+        if state["codec"] != str(self.codec):
+            raise ConfigError(
+                f"The state is of a hook that sends {state['codec']}, and this one sends {self.codec}.",
+                hint="make the hook with the options that it was saved with",
+            )
+        self.statistics = Statistics(**state["statistics"])
+        self._residuals = {number: residual.clone() for number, residual in state["residuals"].items()}
+        self._layouts.clear()
+
+    def _pays(self, buffer: Tensor, world: int) -> bool:
+        return self.link is None or bool(
+            decide("all_reduce", buffer.numel(), buffer.dtype, world, self.codec, self.link)
+        )
+
+    def _layout(self, bucket: GradBucket) -> _Layout:
+        parameters = bucket.parameters()
+        found = self._layouts.get(bucket.index())
+        if found is not None and _same(found.parameters, parameters):
+            return found
+        row = self.codec.row
+        sizes = [parameter.numel() for parameter in parameters]
+        layout = _Layout(parameters, sizes, [-(-size // row) * row for size in sizes], None)
+        if layout.is_dense:
+            layout.padded = sizes
+        for parameter in parameters:
+            self._numbers.setdefault(id(parameter), len(self._numbers))
+        self._layouts = {index: kept for index, kept in self._layouts.items() if index < bucket.index()}
+        self._layouts[bucket.index()] = layout  # keeps the parameters alive, and so their ids
+        if self.error_feedback:
+            layout.residual = self._gathered_residual(layout, bucket.buffer())
+        return layout
+
+    def _gathered_residual(self, layout: _Layout, buffer: Tensor) -> Tensor:
+        """The residuals of the layout's parameters as one tensor, whose parts become the residuals."""
+        whole = buffer.new_zeros(sum(layout.padded), dtype=torch.float32)
+        parts = whole.split(layout.padded)
+        for parameter, size, part in zip(layout.parameters, layout.sizes, parts, strict=True):
+            number = self._numbers[id(parameter)]
+            if number in self._residuals:
+                part[:size] = self._residuals[number]
+            self._residuals[number] = part[:size]
+        return whole
+
+    def _packed(self, buffer: Tensor, layout: _Layout) -> Tensor:
+        """The values to send: the buffer itself, or a copy with every parameter padded to whole rows."""
+        values = buffer
+        if not layout.is_dense:
+            dtype = torch.float32 if self.error_feedback else buffer.dtype
+            values = buffer.new_zeros(sum(layout.padded), dtype=dtype)
+            parts = [part[:size] for part, size in zip(values.split(layout.padded), layout.sizes, strict=True)]
+            torch._foreach_copy_(parts, list(buffer.split(layout.sizes)))
+        if layout.residual is not None:
+            values = values + layout.residual
+        if layout.residual is not None or self.measure_error:
+            decoded = self.codec.decode(self.codec.encode(values), values.numel(), torch.float32)
+            self.statistics.add_error(values.float(), decoded)
+            if layout.residual is not None:  # what is not finite was not sent: its residual waits for the next step
+                torch.where(decoded.isfinite(), values - decoded, layout.residual, out=layout.residual)
+        return values
+
+    def _unpacked(self, values: Tensor, buffer: Tensor, layout: _Layout) -> Tensor:
+        if values is buffer:
+            return buffer
+        with torch.no_grad():
+            parts = [part[:size] for part, size in zip(values.split(layout.padded), layout.sizes, strict=True)]
+            torch._foreach_copy_(list(buffer.split(layout.sizes)), parts)
+        return buffer
+
+
+def _same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
