@@ -42,7 +42,7 @@ class Codec(WireFormat):
         return torch.ops.qpass.decode_reduce(payloads, numel, dtype, str(self), divisor)
 
     def error_bound(self, x: Tensor) -> Tensor:
-        """How far ``decode(encode(x))`` in float32 is from `x` at most: float64, shaped like `x`; NaN where a block is lost.
+        """How far ``decode(encode(x))`` in float32 is from `x` at most: float64, shaped like `x`; NaN in a lost block.
 
         A code is off by half a step (a whole one where rounding is stochastic, or where e8m0 saturates at the top);
         steps are `amax / largest` and what rounding the scale adds. fp8 and casts are off by half a unit in the last
