@@ -37,6 +37,19 @@ def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"SQNR        {figures['sqnr']:.1f} dB" in printed
 
 
+def test_qat(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn, which ships the digits, is not installed")
+    figures = example("qat").main()
+    printed = capsys.readouterr().out
+
+    before, after, trained = figures["float32"], figures["rounded after training"], figures["trained with rounding"]
+    assert before > 90  # a net that learnt nothing loses nothing by rounding
+    assert trained > after  # what the example is for
+    assert trained > before - 2  # 10 of 512 images; how far a training gets varies with the CPU's order of summation
+    assert f"trained with rounding    accuracy {trained:6.2f} %" in printed
+    assert "qpass report: quantized for x86" in printed
+
+
 @pytest.mark.slow  # three compilations
 def test_transformer(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
