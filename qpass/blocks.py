@@ -21,6 +21,8 @@ def fill(out: Tensor, x: Tensor, operands: Sequence[Any], work: Callable[..., Te
         operands: numbers, or tensors that broadcast with `x` without widening it.
         work: may write into nothing but what it makes itself.
     """
+    if x.numel() <= BLOCK:
+        return out.copy_(work(x, *operands))
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     dims = x.dim()
     whole, target = x.permute(order), out.permute(order)
@@ -47,7 +49,13 @@ def can_fill(x: Tensor, operands: Sequence[Any]) -> bool:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    return torch.broadcast_shapes(*(t.shape for t in tensors)) == x.shape
+    return all(_fits(t.shape, x.shape) for t in tensors[1:])
+
+
+def _fits(shape: Sequence[int], into: Sequence[int]) -> bool:
+    """Whether a tensor of that shape broadcasts without widening the other."""
+    ends = zip(reversed(shape), reversed(into), strict=False)
+    return len(shape) <= len(into) and all(size in (1, other) for size, other in ends)
 
 
 def _part(operand: Any, block: tuple[slice, ...]) -> Any:

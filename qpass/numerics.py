@@ -47,6 +47,9 @@ FLOAT8_RANGES: dict[torch.dtype, tuple[int, int]] = {
 }
 """The 8-bit floats that can be codes, with the smallest and the largest finite value of each."""
 
+CODE_RANGES = {**RANGES, **FLOAT8_RANGES}
+"""Every dtype that codes can be stored in."""
+
 EPS = torch.finfo(torch.float32).eps
 """The smallest scale, where nobody asks for another."""
 

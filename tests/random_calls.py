@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpass.numerics import FLOAT8_RANGES, RANGES
+from qpass.numerics import CODE_RANGES
 from qpass.ops.decomposed import OPERATORS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-STORAGE = {**RANGES, **FLOAT8_RANGES}
 SHAPES = ((), (7,), (0,), (1,), (6, 8), (3, 0), (0, 4), (1, 5), (2, 3, 4), (2, 3, 4, 6), (1, 1, 3, 1))
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
@@ -50,8 +49,8 @@ def random_call(name: str, rng: random.Random, wrong: str | None = None, floats:
         shape = (6, 8)
     dtype = rng.choice(floats)
     x = LAYOUTS[layout]((torch.randn(shape) * 3).to(dtype))
-    code = rng.choice(list(STORAGE))
-    low, high = STORAGE[code]
+    code = rng.choice(list(CODE_RANGES))
+    low, high = CODE_RANGES[code]
     if code in (torch.int8, torch.uint8) and rng.random() < 0.4:
         low, high = rng.choice([(-8, 7), (-127, 127), (-2, 1)] if code == torch.int8 else [(0, 15), (0, 127), (0, 3)])
     if wrong == "bounds":
@@ -68,7 +67,7 @@ def random_call(name: str, rng: random.Random, wrong: str | None = None, floats:
         middle = (rng.choice([1e-5, 1e-8]),) if ".tensor" in name else ()
         return Call(name, (x, *(bounds[:2] if middle else ()), *middle, code), about=about)
     if name.startswith("dequantize"):
-        stored = code if code in STORAGE else torch.int8
+        stored = code if code in CODE_RANGES else torch.int8
         x = LAYOUTS[layout]((torch.randint(0, 3, shape)).to(stored))
     qparams, tail = _qparams(name, x, rng, wrong)
     if "tensor2" in name:

@@ -1,8 +1,10 @@
 """x -> scale, zero_point: the operators that choose qparams, of a whole tensor or of each row.
 
 Scales are finite and positive and zero points are codes, whatever is in the input: see the rule of NaN and infinities
-in `qpass.numerics`. Of no elements at all the qparams are those of zeros. Half precision is computed in float32. The
-choice is a constant to autograd.
+in `qpass.numerics`. Of no elements at all the qparams are those of zeros. The choice is a constant to autograd.
+
+float16 and bfloat16 inputs are computed in float32, where torch's per-token operators compute in the input's dtype, so
+that a bfloat16 row has a scale of 8 bits. Cast to float32 in a graph that must give the same codes eager and compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from qpass import numerics
 from qpass.errors import InputError
-from qpass.numerics import FLOAT8_RANGES, RANGES
+from qpass.numerics import CODE_RANGES
 from qpass.ops.grid import check_codes
 
 
@@ -57,7 +59,7 @@ def choose_qparams_per_token_asymmetric(input: Tensor, dtype: torch.dtype) -> tu
     other end.
     """
     _check(input, dtype, None, None)
-    quant_min, quant_max = RANGES.get(dtype) or FLOAT8_RANGES[dtype]
+    quant_min, quant_max = CODE_RANGES[dtype]
     low = numerics.finite(_ends(input, torch.amin)).clamp(max=0.0)
     high = numerics.finite(_ends(input, torch.amax)).clamp(min=0.0)
     scale = (_at_most_largest(high - low) / float(quant_max - quant_min)).clamp(min=numerics.EPS)
@@ -85,7 +87,7 @@ def _of_the_whole(
 def _token_range(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, float]:
     """The largest magnitude of each row, the middle of the codes and how many lie above it."""
     _check(input, dtype, None, None)
-    low, high = RANGES.get(dtype) or FLOAT8_RANGES[dtype]
+    low, high = CODE_RANGES[dtype]
     middle = (low + high + 1) // 2
     return numerics.finite(_ends(input.abs(), torch.amax)), middle, float(high - middle)
 

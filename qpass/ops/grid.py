@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qpass.errors import InputError
-from qpass.numerics import FLOAT8_RANGES, RANGES
+from qpass.numerics import CODE_RANGES
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +82,13 @@ def per_group(x: Tensor, scales: Tensor, zero_points: Tensor | None, group_size:
 
 def check_codes(dtype: torch.dtype, quant_min: Any, quant_max: Any) -> None:
     """Refuse a dtype that cannot hold codes, and bounds that it cannot hold; bounds in tensors are not looked at."""
-    ranges = {**RANGES, **FLOAT8_RANGES}
-    if dtype not in ranges:
+    if dtype not in CODE_RANGES:
         raise InputError(
             f"Codes cannot be stored as {dtype}.",
-            hint=f"use one of {', '.join(map(str, ranges))}; fewer bits are carried in int8 or uint8 by quant_min and "
-            "quant_max",
+            hint=f"use one of {', '.join(map(str, CODE_RANGES))}; fewer bits are carried in int8 or uint8 by "
+            "quant_min and quant_max",
         )
-    low, high = ranges[dtype]
+    low, high = CODE_RANGES[dtype]
     for bound in (quant_min, quant_max):
         if isinstance(bound, int) and not low <= bound <= high:
             raise InputError(f"A code of {bound} does not fit {dtype}, which holds {low}..{high}.")

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from hard_values import ROWS, hard_values
-from qpass.numerics import EPS, FLOAT8_RANGES, RANGES
+from qpass.numerics import CODE_RANGES, EPS
 from qpass.ops import graph_ops
 from qpass.ops import quantized_decomposed as ops
 from random_calls import FLOATS
 
 SCALE = 0.0371
-TYPES = [(torch.int8, -8, 7), *((dtype, *ends) for dtype, ends in {**RANGES, **FLOAT8_RANGES}.items())]
+TYPES = [(torch.int8, -8, 7), *((dtype, *ends) for dtype, ends in CODE_RANGES.items())]
 
 
 def quantizers(
