@@ -24,7 +24,7 @@ def extrema(x: Tensor, dims: Sequence[int] | None = None) -> tuple[Tensor, Tenso
         low, high: float32, shaped by the other dimensions; ``+inf, -inf`` where there is no finite value.
         left_out: int64 scalar. A float64 value beyond float32's range counts as not finite.
     """
-    dims = tuple(range(x.dim())) if dims is None else tuple(dims)
+    dims = tuple(range(x.dim())) if dims is None else tuple(dim % x.dim() for dim in dims)
     # an exported program takes batches of any size, also where the symbol was traced as if it were at least 2
     filled = statically_known_true(x.numel() > 0) and not torch.compiler.is_exporting()
     if filled and is_eager(x):

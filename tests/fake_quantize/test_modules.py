@@ -163,17 +163,16 @@ def test_recomputing_a_checkpoint_observes_once() -> None:
 
 
 def test_inductor_computes_what_eager_computes() -> None:
-    """One graph for a tensor, channels and a learned scale; rounding on ties and beyond the range included."""
+    """One graph for a tensor and channels; rounding on ties and beyond the range included."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.tensor = FakeQuantize(MinMaxObserver)
             self.channels = modules.default_per_channel_weight_fake_quant()
-            self.learned = modules.LearnableFakeQuantize(MinMaxObserver)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return self.tensor(x), self.channels(x), self.learned(x)
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.tensor(x), self.channels(x)
 
     eager = Net()
     eager(torch.linspace(-1, 1, 64).reshape(8, 8))
