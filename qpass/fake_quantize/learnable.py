@@ -79,7 +79,9 @@ class LearnableFakeQuantize(FakeQuantize):
         scale, zero_point = aligned(x, positive, spec), aligned(x, self.zero_point, spec)
         value, inside, unclamped = decoded(whole, scale, zero_point, spec)
         level = unclamped.clamp(*spec.range).nan_to_num(nan=spec.range[0]) - zero_point
-        slope = torch.where(inside, level - whole.detach() / scale.detach(), level) * self._gradient_scale(x)
+        slope = torch.where(
+            inside, level - whole.detach().to(level.dtype) / scale.detach(), level
+        ) * self._gradient_scale(x)
         if on is not None:
             value, inside = torch.where(on, value, whole.detach()), inside | ~on
             slope = torch.where(on, slope, 0)

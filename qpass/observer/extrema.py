@@ -43,7 +43,7 @@ def extrema(x: Tensor, dims: Sequence[int] | None = None) -> tuple[Tensor, Tenso
 
 def finite(x: Tensor) -> Tensor:
     """Where `x` is finite as a float32; NaN compares false."""
-    return x.abs() <= LARGEST if x.dtype == torch.float64 else x.isfinite()
+    return x.abs() <= min(torch.finfo(x.dtype).max, LARGEST)
 
 
 def _reduce(for_low: Tensor, for_high: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -36,10 +36,9 @@ CONFIGS: dict[str, Config] = {
     "weight only": int8_weight_only(compute_dtype=None),
 }
 CONVOLUTIONAL = ("resnet50", "mobilenet_v2", "audio_conv")  # dynamic configurations quantize one linear of each
-CASES = [
-    (name, config) for config in CONFIGS for name in MODELS if "static" in config or name not in CONVOLUTIONAL
-]
+CASES = [(name, config) for config in CONFIGS for name in MODELS if "static" in config or name not in CONVOLUTIONAL]
 Stages = tuple[nn.Module, tuple[Tensor, ...], fx.GraphModule, fx.GraphModule, fx.GraphModule]
+
 
 @functools.cache
 def stages(name: str, config: str) -> Stages:

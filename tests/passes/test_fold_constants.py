@@ -22,7 +22,9 @@ def captured(function: Callable[..., Any]) -> tuple[fx.GraphModule, Tensor]:
 def test_the_outermost_expressions_become_constants() -> None:
     gm, x = captured(lambda m, x: x @ (m.w * m.v).t() + torch.sin(m.v))
     before = gm(x)
-    assert operators(gm) == """\
+    assert (
+        operators(gm)
+        == """\
 inputs_0 = input
 mul = mul.Tensor(w, v)
 t = t(mul)
@@ -30,12 +32,16 @@ matmul = matmul(inputs_0, t)
 sin = sin(v)
 add = add.Tensor(matmul, sin)
 return [add]"""
+    )
     assert run_once(FoldConstants(), gm, x) == 2
-    assert operators(gm) == """\
+    assert (
+        operators(gm)
+        == """\
 inputs_0 = input
 matmul = matmul(inputs_0, folded)
 add = add.Tensor(matmul, folded_1)
 return [add]"""
+    )
     assert torch.equal(gm(x), before)
 
 

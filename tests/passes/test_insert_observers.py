@@ -31,17 +31,23 @@ def test_an_observer_stands_on_every_edge() -> None:
     model, x = nn.Linear(4, 4), torch.randn(3, 4)
     gm = capture(model, (x,))
     Annotate(STATIC, "x86").run(gm)
-    assert operators(gm) == """\
+    assert (
+        operators(gm)
+        == """\
 input_1 = input
 linear = linear(input_1, weight, bias)
 return [linear]"""
+    )
     assert run_once(InsertObservers(), gm, x) == 2
-    assert operators(gm) == """\
+    assert (
+        operators(gm)
+        == """\
 observer_1 = observer_1(weight)
 input_1 = input
 observer_0 = observer_0(input_1)
 linear = linear(observer_0, observer_1, bias)
 return [linear]"""
+    )
     assert torch.equal(gm(x), model(x))
     kinds = [type(gm.get_submodule(name)) for _, name in observers(gm)]
     assert kinds == [PerChannelMinMaxObserver, HistogramObserver]

@@ -34,20 +34,26 @@ def test_static_parameters_are_numbers_in_the_graph() -> None:
     x = torch.tensor([[-1.0, 0.0, 1.0, 4.1], [0.0, 0.5, 3.0, 2.0]])
     activation = QuantizationSpec(torch.uint8, PerTensor(), symmetric=False, observer=MinMaxObserver)
     gm = prepared(nn.Linear(4, 4), x, config=Config(activation, STATIC.weight))
-    assert operators(gm) == """\
+    assert (
+        operators(gm)
+        == """\
 observer_1 = observer_1(weight)
 input_1 = input
 observer_0 = observer_0(input_1)
 linear = linear(observer_0, observer_1, bias)
 return [linear]"""
+    )
     assert run_once(LowerObservers(), gm, x) == 2
-    assert operators(gm) == """\
+    assert (
+        operators(gm)
+        == """\
 dequantize_per_channel = dequantize_per_channel(codes(weight), 0, -127, 127, int8)
 input_1 = input
 quantize_per_tensor = quantize_per_tensor(input_1, 0.02, 50, 0, 255, uint8)
 dequantize_per_tensor = dequantize_per_tensor(quantize_per_tensor, 0.02, 50, 0, 255, uint8)
 linear = linear(dequantize_per_tensor, dequantize_per_channel, bias)
-return [linear]"""  # 0.02 = (4.1 - -1) / 255, and -1 has the code 0
+return [linear]"""
+    )  # 0.02 = (4.1 - -1) / 255, and -1 has the code 0
     assert [name for name, _ in gm.named_children() if name.startswith("activation_post_process")] == []
 
 

@@ -31,10 +31,13 @@ def test_the_same_rounding_twice_is_rounding_once() -> None:
     gm.graph.eliminate_dead_code()
     gm.recompile()
     assert applied.fired == {"Requantize": 1}
-    assert operators(gm) == """\
+    assert (
+        operators(gm)
+        == """\
 inputs_0 = input
 quantize_per_tensor = quantize_per_tensor(inputs_0, 0.1, 3, 0, 255, uint8)
 return [quantize_per_tensor]"""
+    )
     assert torch.equal(gm(x), before)
     assert apply_rules(gm, [Requantize()], "cancel").count == 0
 

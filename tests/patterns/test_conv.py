@@ -31,7 +31,9 @@ def settled(norm: Any) -> Any:
 def test_batch_norm_and_activation_run_in_the_kernel() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4)), nn.ReLU(), nn.Conv2d(4, 4, 3))
     r = road(model, image(3))
-    assert operators(r.prepared) == """\
+    assert (
+        operators(r.prepared)
+        == """\
 observer_1 = observer_1(0.weight)
 observer_3 = observer_3(3.weight)
 input_1 = input
@@ -42,7 +44,10 @@ relu = relu(batch_norm)
 observer_2 = observer_2(relu)
 conv2d_1 = conv2d(observer_2, observer_3, 3.bias)
 return [conv2d_1]"""
-    assert operators(r.quantized) == """\
+    )
+    assert (
+        operators(r.quantized)
+        == """\
 dequantize_per_channel = dequantize_per_channel(codes(3.weight), 0, -127, 127, int8)
 input_1 = input
 quantize_per_tensor = quantize_per_tensor(input_1, s, z, 0, 255, uint8)
@@ -54,28 +59,35 @@ quantize_per_tensor_1 = quantize_per_tensor(relu, s, z, 0, 255, uint8)
 dequantize_per_tensor_1 = dequantize_per_tensor(quantize_per_tensor_1, s, z, 0, 255, uint8)
 conv2d_1 = conv2d(dequantize_per_tensor_1, dequantize_per_channel, 3.bias)
 return [conv2d_1]"""
+    )
     geometry = "[1, 1], [0, 0], [1, 1], 1"
     first = f"quantize_per_tensor, s, z, packed(0.weight), 0.folded, {geometry}, s, z, uint8, relu, [], "
     second = f"qconv_pointwise, s, z, packed(3.weight), 3.bias, {geometry}, 1, 0, float32, none, [], none"
-    assert operators(r.lowered) == f"""\
+    assert (
+        operators(r.lowered)
+        == f"""\
 input_1 = input
 quantize_per_tensor = quantize_per_tensor(input_1, s, z, 0, 255, uint8)
 qconv_pointwise = onednn.qconv_pointwise({first})
 qconv_pointwise_1 = onednn.qconv_pointwise({second})
 return [qconv_pointwise_1]"""
+    )
     assert [kernel.differing for kernel in r.kernels[:1]] == [0]
 
 
 def test_one_dimension_is_an_image_of_one_row() -> None:
     r = road(nn.Conv1d(3, 4, 3, stride=2, padding=1), image(3, rank=1))
     kernel = "unsqueeze, s, z, packed(weight), bias, [1, 2], [0, 1], [1, 1], 1, 1, 0, float32, none, [], none"
-    assert operators(r.lowered) == f"""\
+    assert (
+        operators(r.lowered)
+        == f"""\
 input_1 = input
 quantize_per_tensor = quantize_per_tensor(input_1, s, z, 0, 255, uint8)
 unsqueeze = unsqueeze(quantize_per_tensor, 2)
 qconv_pointwise = onednn.qconv_pointwise({kernel})
 squeeze_dim = squeeze.dim(qconv_pointwise, 2)
 return [squeeze_dim]"""
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

@@ -15,17 +15,25 @@ IDS = torch.tensor([[3, 1, 19], [0, 3, 7]])
 
 def test_only_the_rows_that_are_looked_up_are_dequantized() -> None:
     r = road(nn.Embedding(20, 16), IDS, config=WEIGHT_ONLY)
-    assert operators(r.prepared) == """\
+    assert (
+        operators(r.prepared)
+        == """\
 input_1 = input
 observer_0 = observer_0(weight)
 embedding = embedding(observer_0, input_1)
 return [embedding]"""
-    assert operators(r.quantized) == """\
+    )
+    assert (
+        operators(r.quantized)
+        == """\
 input_1 = input
 dequantize_per_channel = dequantize_per_channel(codes(weight), 0, -127, 127, int8)
 embedding = embedding(dequantize_per_channel, input_1)
 return [embedding]"""
-    assert operators(r.lowered) == """\
+    )
+    assert (
+        operators(r.lowered)
+        == """\
 input_1 = input
 embedding = embedding(weight_codes, input_1)
 index_tensor = index.Tensor(weight_scale, [input_1])
@@ -33,6 +41,7 @@ unsqueeze = unsqueeze(index_tensor, -1)
 to_dtype = to.dtype(embedding, float32)
 mul_tensor = mul.Tensor(to_dtype, unsqueeze)
 return [mul_tensor]"""
+    )
     assert same(r.lowered(IDS), r.quantized(IDS))  # the same product of the same two numbers
 
 

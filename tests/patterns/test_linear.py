@@ -23,30 +23,41 @@ def linear() -> nn.Linear:
 
 def test_static() -> None:
     r = road(linear(), torch.randn(4, 16))
-    assert operators(r.prepared) == """\
+    assert (
+        operators(r.prepared)
+        == """\
 observer_1 = observer_1(weight)
 input_1 = input
 observer_0 = observer_0(input_1)
 linear = linear(observer_0, observer_1, bias)
 return [linear]"""
-    assert operators(r.quantized) == """\
+    )
+    assert (
+        operators(r.quantized)
+        == """\
 dequantize_per_channel = dequantize_per_channel(codes(weight), 0, -127, 127, int8)
 input_1 = input
 quantize_per_tensor = quantize_per_tensor(input_1, s, z, 0, 255, uint8)
 dequantize_per_tensor = dequantize_per_tensor(quantize_per_tensor, s, z, 0, 255, uint8)
 linear = linear(dequantize_per_tensor, dequantize_per_channel, bias)
 return [linear]"""
+    )
     kernel = "onednn.qlinear_pointwise(quantize_per_tensor, s, z, packed(weight), bias, 1, 0, float32, none, [], none)"
-    assert operators(r.lowered) == f"""\
+    assert (
+        operators(r.lowered)
+        == f"""\
 input_1 = input
 quantize_per_tensor = quantize_per_tensor(input_1, s, z, 0, 255, uint8)
 qlinear_pointwise = {kernel}
 return [qlinear_pointwise]"""
+    )
 
 
 def test_dynamic_per_token() -> None:
     r = road(linear(), torch.randn(4, 16), config=PER_TOKEN)
-    assert operators(r.quantized) == """\
+    assert (
+        operators(r.quantized)
+        == """\
 dequantize_per_channel = dequantize_per_channel(codes(weight), 0, -127, 127, int8)
 input_1 = input
 choose_qparams_per_token = choose_qparams_per_token(input_1, int8)
@@ -56,6 +67,7 @@ quantize_per_token = quantize_per_token(input_1, getitem, getitem_1, -127, 127, 
 dequantize_per_token = dequantize_per_token(quantize_per_token, getitem, getitem_1, -127, 127, int8, float32)
 linear = linear(dequantize_per_token, dequantize_per_channel, bias)
 return [linear]"""
+    )
     kernel = "onednn.qlinear_pointwise(bitwise_xor_scalar, 1, 128, packed(weight), None, 1, 0, float32, none, [], )"
     assert operators(r.lowered).splitlines()[5:] == [
         "view_dtype = view.dtype(quantize_per_token, uint8)",
@@ -73,7 +85,9 @@ def test_dynamic_per_tensor() -> None:
         "onednn.qlinear_pointwise.tensor(quantize_per_tensor_tensor, getitem, getitem_1, packed(weight), bias, "
         "1, 0, float32, none, [], none)"
     )
-    assert operators(r.lowered) == f"""\
+    assert (
+        operators(r.lowered)
+        == f"""\
 input_1 = input
 choose_qparams_tensor = choose_qparams.tensor(input_1, 0, 255, 1.19209e-07, uint8)
 getitem = getitem(choose_qparams_tensor, 0)
@@ -81,21 +95,28 @@ getitem_1 = getitem(choose_qparams_tensor, 1)
 quantize_per_tensor_tensor = quantize_per_tensor.tensor(input_1, getitem, getitem_1, 0, 255, uint8)
 qlinear_pointwise_tensor = {kernel}
 return [qlinear_pointwise_tensor]"""
+    )
 
 
 def test_weight_only() -> None:
     r = road(linear(), torch.randn(4, 16), config=WEIGHT_ONLY)
-    assert operators(r.quantized) == """\
+    assert (
+        operators(r.quantized)
+        == """\
 dequantize_per_channel = dequantize_per_channel(codes(weight), 0, -127, 127, int8)
 input_1 = input
 linear = linear(input_1, dequantize_per_channel, bias)
 return [linear]"""
-    assert operators(r.lowered) == """\
+    )
+    assert (
+        operators(r.lowered)
+        == """\
 input_1 = input
 contiguous = contiguous(input_1)
 _weight_int8pack_mm = _weight_int8pack_mm(contiguous, weight_codes, weight_scale)
 add_tensor = add.Tensor(_weight_int8pack_mm, bias)
 return [add_tensor]"""
+    )
 
 
 def test_weight_only_of_rows_that_are_not_contiguous() -> None:
@@ -107,11 +128,15 @@ def test_weight_only_of_rows_that_are_not_contiguous() -> None:
 def test_weight_only_in_groups() -> None:
     """No kernel reads groups: the weight is stored as codes and multiplied in float, and the record says so."""
     r = road(linear(), torch.randn(4, 16), config=int8_weight_only(group_size=4, compute_dtype=None))
-    assert operators(r.lowered) == operators(r.quantized) == """\
+    assert (
+        operators(r.lowered)
+        == operators(r.quantized)
+        == """\
 dequantize_per_channel_group = dequantize_per_channel_group(codes(weight), -127, 127, int8, 4, float32)
 input_1 = input
 linear = linear(input_1, dequantize_per_channel_group, bias)
 return [linear]"""
+    )
     assert kernel_names(r.lowered) == ["linear on a dequantized weight"]
 
 

@@ -17,19 +17,25 @@ def weight() -> nn.Parameter:
 
 def test_a_product_with_a_stored_matrix() -> None:
     r = road(Do(lambda m, x: torch.addmm(m.b, x, m.w), w=weight(), b=nn.Parameter(torch.randn(8))), torch.randn(4, 16))
-    assert operators(r.quantized) == """\
+    assert (
+        operators(r.quantized)
+        == """\
 dequantize_per_channel = dequantize_per_channel(codes(w), 1, -127, 127, int8)
 inputs_0 = input
 quantize_per_tensor = quantize_per_tensor(inputs_0, s, z, 0, 255, uint8)
 dequantize_per_tensor = dequantize_per_tensor(quantize_per_tensor, s, z, 0, 255, uint8)
 addmm = addmm(b, dequantize_per_tensor, dequantize_per_channel)
 return [addmm]"""
+    )
     kernel = "onednn.qlinear_pointwise(quantize_per_tensor, s, z, packed(w), b, 1, 0, float32, none, [], none)"
-    assert operators(r.lowered) == f"""\
+    assert (
+        operators(r.lowered)
+        == f"""\
 inputs_0 = input
 quantize_per_tensor = quantize_per_tensor(inputs_0, s, z, 0, 255, uint8)
 qlinear_pointwise = {kernel}
 return [qlinear_pointwise]"""
+    )
 
 
 SPELLINGS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {

@@ -56,12 +56,15 @@ def test_a_rule_fires_once_and_then_never_again() -> None:
     assert (applied.count, applied.fired, applied.refused) == (1, {"NegatedDifference": 1}, [])
     gm.graph.lint()
     gm.recompile()
-    assert operators(gm) == """\
+    assert (
+        operators(gm)
+        == """\
 inputs_0 = input
 inputs_1 = input
 sub_tensor = sub.Tensor(inputs_1, inputs_0)
 relu = relu(sub_tensor)
 return [relu]"""
+    )
     assert torch.equal(gm(*inputs), before)
     assert apply_rules(gm, [NegatedDifference()], "test").count == 0
 
