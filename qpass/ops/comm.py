@@ -91,6 +91,8 @@ def decode_into(payload: Tensor, out: Tensor, wire: WireFormat) -> None:
 
 def decode_reduce_into(payloads: Tensor, out: Tensor, wire: WireFormat, divisor: int = 1) -> None:
     """Write the sum of `payloads` ``[W, payload_bytes]`` over `divisor` to `out` (one dimension, contiguous)."""
+    if out.numel() == 0:
+        return
     if wire.is_cast:
         total = payloads[0].view(CASTS[wire.format]).to(torch.float32)
         for payload in payloads[1:]:
