@@ -13,5 +13,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Config", "PerChannel", "PerGroup", "PerTensor", "PerToken", "QpassError", "QuantizationSpec", "backend",
-    "calibrate", "comm", "convert", "lower", "observer", "ops", "passes", "patterns", "prepare", "presets", "report", "sqnr",
+    "calibrate", "comm", "convert", "lower", "observer", "ops", "passes", "patterns", "prepare", "presets", "report",
+    "sqnr",
 ]  # fmt: skip

@@ -21,8 +21,8 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call in the words that all ranks of the group must use alike. Sizes that may differ are not among them."""
+class Header:
+    """A call in the words that all ranks of the group must use alike; sizes that may differ are not among them."""
 
     collective: str
     codec: str
@@ -33,7 +33,7 @@ class Call:
     async_op: bool = False
 
 
-def agree(group: Group, call: Call, *, sends: list[int] | None = None, receives: list[int] | None = None) -> None:
+def agree(group: Group, header: Header, *, sends: list[int] | None = None, receives: list[int] | None = None) -> None:
     """Return once all ranks have said the same; on the same group's later calls like this one, at once.
 
     Args:
@@ -43,13 +43,15 @@ def agree(group: Group, call: Call, *, sends: list[int] | None = None, receives:
         AgreementError: on every rank, where any two differ, or a rank refused, or one said nothing until the timeout.
     """
     group.calls += 1
-    if call in group.agreed and not debug():
+    if header in group.agreed and not debug():
         return
-    said = {"version": VERSION, "order": group.calls, **asdict(call)}
-    headers = _exchange(group, call, {"said": said, "sends": sends, "receives": receives})
+    said = {"version": VERSION, "order": group.calls, **asdict(header)}
+    headers = _exchange(group, header, {"said": said, "sends": sends, "receives": receives})
     refusals = {rank: header["refused"] for rank, header in enumerate(headers) if "refused" in header}
     if refusals:
-        raise _error(call, group, "A rank refused the call", [f"rank {rank}: {why}" for rank, why in refusals.items()])
+        raise _error(
+            header, group, "A rank refused the call", [f"rank {rank}: {why}" for rank, why in refusals.items()]
+        )
     differing = [
         f"{field}: "
         + ", ".join(f"rank {rank} has {header['said'].get(field)!r}" for rank, header in enumerate(headers))
@@ -57,7 +59,7 @@ def agree(group: Group, call: Call, *, sends: list[int] | None = None, receives:
         if any(header["said"].get(field) != headers[0]["said"].get(field) for header in headers)
     ]
     if differing:
-        raise _error(call, group, "The ranks do not make the same call", differing)
+        raise _error(header, group, "The ranks do not make the same call", differing)
     if sends is not None:
         uneven = [
             f"rank {a} sends {headers[a]['sends'][b]} elements to rank {b}, which expects {headers[b]['receives'][a]}"
@@ -66,15 +68,15 @@ def agree(group: Group, call: Call, *, sends: list[int] | None = None, receives:
             if headers[a]["sends"][b] != headers[b]["receives"][a]
         ]
         if uneven:
-            raise _error(call, group, "The splits do not fit each other", uneven)
-    group.agreed.add(call)
+            raise _error(header, group, "The splits do not fit each other", uneven)
+    group.agreed.add(header)
 
 
-def refuse(group: Group, collective: str, why: QpassError) -> None:
+def refuse(group: Group, why: QpassError) -> None:
     """Tell the ranks that may wait for this one's header that it will not make the call."""
     group.calls += 1
     if group.world > 1:
-        _post(group, {"refused": f"{collective}: {why.what}"})
+        _post(group, {"refused": why.what})
 
 
 def debug(enabled: bool | None = None) -> bool:
@@ -88,14 +90,14 @@ def debug(enabled: bool | None = None) -> bool:
 _debug = False
 
 
-def _exchange(group: Group, call: Call, header: dict[str, Any]) -> list[dict[str, Any]]:
-    number = _post(group, header)
+def _exchange(group: Group, header: Header, sent: dict[str, Any]) -> list[dict[str, Any]]:
+    number = _post(group, sent)
     keys = [f"{number}/{rank}" for rank in range(group.world)]
     try:
         group.store.wait(keys, group.timeout)
         headers = [json.loads(group.store.get(key)) for key in keys]
     except RuntimeError as error:  # what all of torch's store errors are
-        raise _error(call, group, f"Not all ranks made the call: {error}", _silent(group, number)) from error
+        raise _error(header, group, f"Not all ranks made the call: {error}", _silent(group, number)) from error
     if number > 1:  # everyone has answered, so everyone has read what came before
         group.store.delete_key(f"{number - 1}/{group.rank}")
     return headers
@@ -119,10 +121,10 @@ def _silent(group: Group, number: int) -> list[str]:
         return ["the store does not answer: the process that holds it is gone"]
 
 
-def _error(call: Call, group: Group, what: str, details: list[str]) -> AgreementError:
+def _error(header: Header, group: Group, what: str, details: list[str]) -> AgreementError:
     ranks = dist.get_process_group_ranks(group.process_group)
     return AgreementError(
         f"{what}.\n    " + "\n    ".join(details),
-        where=f"qpass.comm.{call.collective}, call {group.calls} on group {group.name!r} (global ranks {ranks})",
+        where=f"qpass.comm.{header.collective}, call {group.calls} on group {group.name!r} (global ranks {ranks})",
         hint="make the same calls in the same order on all ranks; qpass.comm.debug(True) compares every call",
     )

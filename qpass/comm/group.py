@@ -48,16 +48,24 @@ class Group:
         return dist.constants.default_pg_timeout
 
     def twin(self) -> dist.ProcessGroup:
-        """A group of the same ranks for asynchronous calls. The first call makes it, on all ranks together."""
+        """A group of the same ranks for asynchronous calls. The first call makes it, on all ranks together.
+
+        ``dist.new_group`` would either wait for ranks that are not in the group, or name it by how many groups a rank
+        has, which is not the same on all. This is what it does otherwise, with a name that is.
+        """
         if self._twin is None:
-            self._twin = dist.new_group(
-                dist.get_process_group_ranks(self.process_group),
+            world, ranks = dist.distributed_c10d._world, dist.get_process_group_ranks(self.process_group)
+            _, store = world.pg_map[dist.group.WORLD]  # type: ignore[index]
+            self._twin, _ = dist.distributed_c10d._new_process_group_helper(
+                self.world,
+                self.rank,
+                ranks,
+                dist.Backend(dist.get_backend(self.process_group)),
+                store,
+                dist.distributed_c10d.GroupName(f"qpass-twin-{self.name}-{_born[self.name]}"),
                 timeout=self.timeout,
-                backend=dist.get_backend(self.process_group),
-                use_local_synchronization=True,
-                group_desc=f"qpass twin of {self.name}",
-                sort_ranks=False,
             )
+            world.pg_group_ranks[self._twin] = {rank: index for index, rank in enumerate(ranks)}
         return self._twin
 
     def line(self) -> ThreadPoolExecutor:

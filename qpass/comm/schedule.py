@@ -51,7 +51,7 @@ def all_reduce_one_shot(x: Tensor, codec: Codec, divisor: int, seed: int, group:
         own = _payload(x, codec.payload_bytes(len(part)))
         encode_into(_cut(x, part), own, codec, _seed(seed, group.rank()), part.start)
         everyone = _payload(x, world * own.numel())
-        sent.append((part, everyone, dist.all_gather_into_tensor(everyone, own, group, async_op=True)))
+        sent.append((part, everyone, dist.all_gather_single(everyone, own, group, async_op=True)))
     for part, everyone, work in sent:
         work.wait()
         decode_reduce_into(everyone.view(world, -1), _cut(x, part), codec, divisor)
@@ -80,7 +80,7 @@ def all_reduce_two_shot(x: Tensor, codec: Codec, divisor: int, seed: int, group:
         own[used:].zero_()
         encode_into(total, own[:used], codec, _seed(seed, world + rank), owned.start)
         everyone = received  # its payloads are summed up: the same bytes take the sums
-        gathered.append((part, everyone, dist.all_gather_into_tensor(everyone, own, group, async_op=True)))
+        gathered.append((part, everyone, dist.all_gather_single(everyone, own, group, async_op=True)))
     for part, everyone, work in gathered:
         work.wait()
         decode_into(everyone[: codec.payload_bytes(len(part))], _cut(x, part), codec)
@@ -132,7 +132,7 @@ def all_gather(output: Tensor, x: Tensor, codec: Codec, seed: int, group: dist.P
         own = _payload(x, codec.payload_bytes(len(part)))
         encode_into(_cut(x, part), own, codec, _seed(seed, group.rank()), part.start)
         everyone = _payload(x, world * own.numel())
-        sent.append((part, everyone, dist.all_gather_into_tensor(everyone, own, group, async_op=True)))
+        sent.append((part, everyone, dist.all_gather_single(everyone, own, group, async_op=True)))
     for part, everyone, work in sent:
         work.wait()
         for rank, payload in enumerate(everyone.view(world, -1)):

@@ -173,7 +173,7 @@ def encode_formula(x: Tensor, form: str, seed: int = 0) -> Tensor:
         return flat.to(CASTS[wire.format]).view(torch.uint8)
     padded = torch.nn.functional.pad(flat, (0, rows * wire.row - x.numel())).reshape(-1, wire.row)
     numbers = [torch.full((), number, dtype=torch.int64, device=x.device) for number in (seed, 0)]
-    codes, scales = wire_kernels.encode_rows(padded, wire, *numbers)
+    codes, scales = wire_kernels.encode_rows(padded, wire, numbers)
     return torch.cat([codes, scales.view(torch.uint8)], dim=1).reshape(-1)
 
 

@@ -37,7 +37,7 @@ def encode_kernel(wire: WireFormat, dtype: torch.dtype, device: torch.device, nu
     """
 
     def encode(x: Tensor, codes: Tensor, scales: Tensor, *numbers: Tensor, keep: wire_kernels.Keep = _same) -> None:
-        new_codes, new_scales = wire_kernels.encode_rows(x, wire, *numbers, keep=keep)
+        new_codes, new_scales = wire_kernels.encode_rows(x, wire, numbers, keep)
         codes.copy_(new_codes)
         scales.view(new_scales.dtype).copy_(new_scales)
 
@@ -106,7 +106,7 @@ def _compile(function: Kernel, example: Callable[[int], list[Tensor]]) -> Kernel
 
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes)
-    any_rows = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # type: ignore[list-item]
+    any_rows: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     rows = mode.from_tensor(torch.empty(_ROWS, device="cpu"), symbolic_context=any_rows).shape[0]
     with mode:
         fakes = example(rows)
@@ -119,7 +119,7 @@ def _compile(function: Kernel, example: Callable[[int], list[Tensor]]) -> Kernel
 
     with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)):
         graph = make_fx(kernel, tracing_mode="fake")(*fakes)
-        compiled: Kernel = compile_fx(graph, fakes)
+        compiled: Any = compile_fx(graph, fakes)
     if shapes.guards:  # nobody would check them
         log.warning("a codec was compiled for some numbers of rows only, and runs eagerly: %s", shapes.guards)
         return None

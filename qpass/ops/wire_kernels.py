@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,13 +36,13 @@ _NAN_BITS = 0x7FC00000  # one NaN for all: ranks compare bytes
 
 
 def encode_rows(
-    x: Tensor, form: WireFormat, seed: Tensor | None = None, first: Tensor | None = None, keep: Keep = lambda x: x
+    x: Tensor, form: WireFormat, numbers: Sequence[Tensor] = (), keep: Keep = lambda x: x
 ) -> tuple[Tensor, Tensor]:
     """``[rows, row] -> codes uint8 [rows, code_bytes], scales [rows, row / block]`` of the dtype in `SCALE_BITS`.
 
     Args:
         x: any floating dtype; computed in float32, so a float64 beyond float32's range counts as infinite.
-        seed, first: int64 scalars for stochastic rounding: the seed, and the number of the first element in the tensor
+        numbers: two int64 scalars for stochastic rounding: the seed, and the number of the first element in the tensor
             that `x` is a part of, so that cutting a tensor into parts does not change its codes.
         keep: applied to what is computed once a block and read by every element: a compiler's hint to store it.
     """
@@ -59,7 +59,7 @@ def encode_rows(
         codes = values.clamp(-form.largest, form.largest).to(torch.float8_e4m3fn).view(torch.uint8)
         return codes.reshape(rows, form.row), stored
     if form.stochastic:
-        assert seed is not None
+        seed, first = numbers
         index = first + torch.arange(rows * form.row, device=x.device).reshape(blocks.shape)
         values = torch.floor(values + uniform(index, seed))
     else:

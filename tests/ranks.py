@@ -1,0 +1,75 @@
+"""Real processes that talk through gloo: one start of them runs many cases, each of which pytest then reports."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+OK = "ok"
+
+
+def run(file: str, world: int, cases: list[str], timeout: float = 30.0) -> dict[str, list[str]]:
+    """Call the functions `cases` of the Python file, one after the other, in `world` processes: ``case(rank, world)``.
+
+    Returns for every case what each rank has to say: "ok", a traceback, or why it did not run. After a failure the
+    ranks may not be in step any more, so the cases behind it are not run. `timeout` is the process group's, in seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.set_forkserver_preload(["torch.distributed", "pytest", "qpass"])  # imported once for all ranks
+        arguments = (world, file, cases, folder, timeout)
+        torch.multiprocessing.start_processes(_rank, arguments, world, start_method="forkserver")
+        said = [torch.load(Path(folder, f"said-{rank}"), weights_only=True) for rank in range(world)]
+    return {case: [answers[case] for answers in said] for case in cases}
+
+
+def _rank(rank: int, world: int, file: str, cases: list[str], folder: str, timeout: float) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=timeout), world, rank)
+    module = load(file)
+    store = dist.distributed_c10d._get_default_store()
+    said = dict.fromkeys(cases, "not run: a case before it failed")
+    for case in cases:
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        try:
+            getattr(module, case)(rank, world)
+            said[case] = OK
+        except Exception:
+            said[case] = traceback.format_exc()
+        if rank == 0:
+            print(f"{world} ranks, {case}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        store.set(f"{case}/{rank}", said[case])
+        keys = [f"{case}/{other}" for other in range(world)]
+        store.wait(keys, timedelta(seconds=3 * timeout))
+        if any(store.get(key) != OK.encode() for key in keys):
+            break
+    torch.save(said, Path(folder, f"said-{rank}"))
+    dist.destroy_process_group()
+
+
+def load(file: str) -> object:
+    """The module of a test file, by its path: pytest's own name for it means nothing in another process."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def everywhere(x: torch.Tensor) -> list[torch.Tensor]:
+    """The bytes of `x` of every rank of the default group."""
+    mine = x.contiguous().view(-1).view(torch.uint8) if x.numel() else torch.empty(0, dtype=torch.uint8)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine)
+    return found
