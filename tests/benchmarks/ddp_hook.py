@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import qpass.comm
 from benchmarks.measure import Row, print_table, write_json
 from distributed.hook_defects import Bucket
-from distributed.ranks import on_ranks
+from distributed.on_ranks import on_ranks
 from distributed.repaired_hooks import perchannel_hook
 
 Hook = Callable[[Any, Any], torch.futures.Future[torch.Tensor]]
