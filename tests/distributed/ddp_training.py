@@ -90,10 +90,11 @@ def distances() -> Iterator[tuple[str, Any]]:
         parameters = Training(hook, views=name == "int8").run(6)
         error = ((parameters - plain).norm() / plain.norm()).item()
         yield name, error if is_equal_everywhere(parameters) else -1.0
-    for dtype in (torch.bfloat16, torch.float16):
-        parameters = Training(qpass.comm.ddp_hook(), dtype).run(3).double()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
         plain = Training(None, dtype).run(3).double()
-        yield str(dtype), ((parameters - plain).norm() / plain.norm()).item()
+        for name, hook in {"": qpass.comm.ddp_hook(), " feedback": qpass.comm.ddp_hook(error_feedback=True)}.items():
+            parameters = Training(hook, dtype, cap=0.05 if name else 0.001).run(3).double()  # one parameter a bucket
+            yield f"{dtype}{name}", ((parameters - plain).norm() / plain.norm()).item()
 
 
 def resumed() -> Iterator[tuple[str, Any]]:

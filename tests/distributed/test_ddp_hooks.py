@@ -54,7 +54,8 @@ def test_defects_of_torch(found: Verdicts, check: str) -> None:
     [
         ("int8", 1e-3), ("int8 hadamard", 1.5e-3), ("int4", 1e-2), ("int4 feedback", 1e-2), ("bf16", 3e-4),
         ("fp16", 4e-5), ("per tensor", 1e-3), ("per channel", 1.5e-3), ("torch.bfloat16", 3e-3),
-        ("torch.float16", 1e-3),
+        ("torch.float16", 1e-3), ("torch.float64", 1e-3), ("torch.bfloat16 feedback", 3e-3),
+        ("torch.float16 feedback", 1e-3), ("torch.float64 feedback", 1e-3),
     ],
 )  # fmt: skip
 def test_training_stays_near_the_uncompressed_one(measured: Figures, name: str, most: float) -> None:
