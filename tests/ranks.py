@@ -18,21 +18,30 @@ import torch.multiprocessing
 OK = "ok"
 
 
-def run(file: str, world: int, cases: list[str], timeout: float = 30.0) -> dict[str, list[str]]:
+def run(
+    file: str, world: int, cases: list[str], timeout: float = 30.0, dies: int | None = None
+) -> dict[str, list[str]]:
     """Call the functions `cases` of the Python file, one after the other, in `world` processes: ``case(rank, world)``.
 
     Returns for every case what each rank has to say: "ok", a traceback, or why it did not run. After a failure the
     ranks may not be in step any more, so the cases behind it are not run. `timeout` is the process group's, in seconds.
+    `dies` is a rank that is meant to be killed in the last case, and has nothing to say.
     """
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.set_forkserver_preload(["torch.distributed", "pytest", "qpass"])  # imported once for all ranks
-        arguments = (world, file, cases, folder, timeout)
-        torch.multiprocessing.start_processes(_rank, arguments, world, start_method="forkserver")
-        said = [torch.load(Path(folder, f"said-{rank}"), weights_only=True) for rank in range(world)]
+        arguments = (world, file, cases, folder, timeout, dies)
+        processes = torch.multiprocessing.start_processes(
+            _rank, arguments, world, join=dies is None, start_method="forkserver"
+        )
+        for process in processes.processes if processes else ():
+            process.join()
+        silent = dict.fromkeys(cases, "died")
+        files = [Path(folder, f"said-{rank}") for rank in range(world)]
+        said = [torch.load(file, weights_only=True) if file.exists() else silent for file in files]
     return {case: [answers[case] for answers in said] for case in cases}
 
 
-def _rank(rank: int, world: int, file: str, cases: list[str], folder: str, timeout: float) -> None:
+def _rank(rank: int, world: int, file: str, cases: list[str], folder: str, timeout: float, dies: int | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=timeout), world, rank)
     module = load(file)
@@ -49,7 +58,7 @@ def _rank(rank: int, world: int, file: str, cases: list[str], folder: str, timeo
         if rank == 0:
             print(f"{world} ranks, {case}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
         store.set(f"{case}/{rank}", said[case])
-        keys = [f"{case}/{other}" for other in range(world)]
+        keys = [f"{case}/{other}" for other in range(world) if other != dies]
         store.wait(keys, timedelta(seconds=3 * timeout))
         if any(store.get(key) != OK.encode() for key in keys):
             break

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.comm import bound
 from qpass.errors import ConfigError, InputError, near
-from qpass.ops import wire_kernels
-from qpass.ops.wire_format import CASTS, ROTATION, WireFormat, parse
+from qpass.ops import comm as _ops  # noqa: F401  (registers the operators)
+from qpass.ops.wire_format import WireFormat, parse
 
 
 @dataclass(frozen=True)
@@ -42,64 +43,12 @@ class Codec(WireFormat):
         return torch.ops.qpass.decode_reduce(payloads, numel, dtype, str(self), divisor)
 
     def error_bound(self, x: Tensor) -> Tensor:
-        """How far ``decode(encode(x))`` in float32 is from `x` at most: float64, shaped like `x`; NaN where a block is lost.
-
-        A code is off by half a step (a whole one where rounding is stochastic, or where e8m0 saturates at the top);
-        steps are `amax / largest` and what rounding the scale adds. fp8 and casts are off by half a unit in the last
-        place, or by half the smallest subnormal. A rotation spreads one code's error over 128 elements, and these
-        add up to at most sqrt(128) of it. All is widened by 2^-20 for float32's own rounding.
-        """
-        flat = x.detach().reshape(-1).to(torch.float64)
-        if self.is_cast:
-            info = torch.finfo(CASTS[self.format])
-            bound = (flat.abs() * (info.eps / 2)).clamp(min=info.smallest_normal * info.eps / 2)
-            bound = torch.where(flat.abs() <= info.max, bound, torch.nan)
-            return bound.reshape(x.shape)
-        padded = torch.zeros(self.rows(flat.numel()) * self.row, dtype=torch.float64, device=x.device)
-        padded[: flat.numel()] = flat
-        sent = wire_kernels.rotate(padded) if self.hadamard and padded.numel() else padded
-        blocks = sent.reshape(-1, self.block)
-        amax = blocks.abs().amax(1, keepdim=True) if blocks.numel() else blocks[:, :1]
-        step = (amax * self._step()).clamp(min=wire_kernels.SMALLEST)
-        if self.format == "fp8_e4m3":  # 3 bits behind the point; below 2^-6 the spacing stays 2^-9
-            bound = torch.maximum(blocks.abs() * 2.0**-4, step * 2.0**-10) + (amax * 2.0**-4 if self.saturates else 0)
-        else:
-            bound = (step * (1.0 if self.stochastic or self.saturates else 0.5)).expand_as(blocks)
-        bound = torch.where(amax <= wire_kernels.LARGEST, bound, torch.nan).reshape(-1)
-        if self.hadamard:
-            largest = bound.reshape(-1, ROTATION).amax(1, keepdim=True) * ROTATION**0.5
-            bound = largest.expand(-1, ROTATION).reshape(-1)
-            bound = bound + wire_kernels.SMALLEST
-        return (bound * (1 + 2.0**-20) + 2.0**-20 * padded.abs())[: flat.numel()].reshape(x.shape)
+        """How far ``decode(encode(x))`` is from `x` at most: float64, shaped like `x` (see `qpass.comm.bound`)."""
+        return bound.error_bound(self, x)
 
     def describe(self) -> str:
         """One line for people: the written form, bits an element, and the bound."""
-        if self.is_cast:
-            share = torch.finfo(CASTS[self.format]).eps / 2
-            return f"{self}: {self.bits} bits, error at most {share:.2g} of a value"
-        share = self._step() * (1.0 if self.stochastic or self.saturates else 0.5)
-        if self.format == "fp8_e4m3":
-            return f"{self}: {self.bits_per_element:.4g} bits, error at most 2^-4 of a value"
-        spread = " after rotation" if self.hadamard else ""
-        return (
-            f"{self}: {self.bits_per_element:.4g} bits, error at most {share:.2g} of the block's largest value{spread}"
-        )
-
-    @property
-    def _saturates(self) -> bool:
-        return self.scale == "e8m0" and not self.stochastic
-
-    def _step(self) -> float:
-        """The largest step of a block over its amax."""
-        if self.scale == "e8m0":
-            return (
-                2.0 / self.largest
-                if self.stochastic
-                else 2.0 ** -(self.bits - 2)
-                if self.bits < 8 or self.format == "int8"
-                else 2.0**-8
-            )
-        return (1.0 + (2.0**-7 if self.scale == "bf16" else 0.0)) / self.largest
+        return bound.describe(self)
 
 
 NAMES: dict[str, Codec] = {

@@ -84,8 +84,12 @@ class WireFormat:
 
     @property
     def saturates(self) -> bool:
-        """Whether the largest values of a block may be cut off: the scale is a power of two, rounded down."""
-        return self.scale == "e8m0" and not self.stochastic
+        """Whether the largest values of a block may be cut off: MXINT8's scale is a power of two, rounded down.
+
+        That costs a block's largest value at most one step and gives all others half as large ones. fp8 has less to
+        gain from it and stochastic rounding would be biased: both round up.
+        """
+        return self.scale == "e8m0" and not self.stochastic and self.format != "fp8_e4m3"
 
     @property
     def bits(self) -> int:

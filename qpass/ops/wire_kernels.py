@@ -95,15 +95,15 @@ def encode_scale(amax: Tensor, finite: Tensor, form: WireFormat) -> tuple[Tensor
     """``amax [rows, blocks] -> the scale as it is stored, the scale as it will be decoded``: NaN where not `finite`.
 
     bf16 rounds to nearest: that moves the largest code by less than half a step (127 * 2^-8 < 1/2), so nothing
-    saturates. e8m0 takes ``floor(log2(amax))``, as the microscaling formats do, and lets the top saturate. Stochastic
-    rounding would be biased where it saturates, so there both round up.
+    saturates; stochastic rounding would be biased where it does, and rounds the scale up. e8m0 takes
+    ``floor(log2(amax))``, as MXINT8 does, where the top may saturate (`WireFormat.saturates`), and rounds up elsewhere.
     """
     bits = (amax / form.largest).clamp(min=SMALLEST).view(torch.int32)
     if form.scale == "e8m0":
-        if form.stochastic:
-            exponent = (bits + 0x7FFFFF) >> 23
-        else:
+        if form.saturates:
             exponent = ((amax.view(torch.int32) >> 23) - int(math.log2(form.largest))).clamp(min=1)
+        else:
+            exponent = (bits + 0x7FFFFF) >> 23
         stored = torch.where(finite, exponent, 255).to(torch.uint8)
         return stored, torch.where(finite, exponent << 23, _NAN_BITS).view(torch.float32)
     if form.scale == "bf16":

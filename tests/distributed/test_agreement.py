@@ -126,7 +126,7 @@ def a_refusal_reaches_all(rank: int, world: int) -> None:
     """What one rank refuses by itself, the others hear of, and need not wait for."""
     start = time.perf_counter()
     if rank == 0:
-        with pytest.raises(InputError, match="not 2 times the|not 4 times the"):
+        with pytest.raises(InputError, match=r"not [24] times the"):
             comm.all_gather(torch.ones(5), torch.ones(9000))
     else:
         with pytest.raises(AgreementError, match="rank 0: all_gather: output has 5 elements"):
