@@ -46,7 +46,7 @@ def decode(payload: Tensor, numel: int, dtype: torch.dtype, form: str) -> Tensor
     """The `numel` values of `payload` as `dtype`, computed in float32; a new tensor of one dimension."""
     wire = _check_decode(payload, 1, numel, dtype, form)
     out = torch.empty(numel, dtype=dtype, device=payload.device)
-    decode_into(payload.contiguous(), out, wire)
+    decode_into(_aligned(payload), out, wire)
     return out
 
 
@@ -54,7 +54,7 @@ def decode_reduce(payloads: Tensor, numel: int, dtype: torch.dtype, form: str, d
     """The sum over the payloads, in rank order in float32, over `divisor`, as `dtype`; a new flat tensor."""
     wire = _check_decode(payloads, 2, numel, dtype, form)
     out = torch.empty(numel, dtype=dtype, device=payloads.device)
-    decode_reduce_into(payloads.contiguous(), out, wire, divisor)
+    decode_reduce_into(_aligned(payloads), out, wire, divisor)
     return out
 
 
@@ -91,6 +91,8 @@ def decode_into(payload: Tensor, out: Tensor, wire: WireFormat) -> None:
 
 def decode_reduce_into(payloads: Tensor, out: Tensor, wire: WireFormat, divisor: int = 1) -> None:
     """Write the sum of `payloads` ``[W, payload_bytes]`` over `divisor` to `out` (one dimension, contiguous)."""
+    if out.numel() == 0:
+        return
     if wire.is_cast:
         total = payloads[0].view(CASTS[wire.format]).to(torch.float32)
         for payload in payloads[1:]:
@@ -114,6 +116,12 @@ def decode_reduce_into(payloads: Tensor, out: Tensor, wire: WireFormat, divisor:
         values = out.new_empty(2, wire.row)
         kernel(*values.chunk(wire.pieces, dim=1), *parts)
         out[whole * wire.row :] = values.view(-1)[:rest]
+
+
+def _aligned(payload: Tensor) -> Tensor:
+    """Contiguous, and starting where a scale of any format can be read in place."""
+    payload = payload.contiguous()
+    return payload if payload.storage_offset() % 4 == 0 else payload.clone()
 
 
 def _check_encode(x: Tensor, form: str) -> WireFormat:

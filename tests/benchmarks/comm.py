@@ -1,0 +1,191 @@
+"""Compressed communication, measured: codecs against a copy, collectives over links of a known speed.
+
+    python tests/benchmarks/comm.py                       # codecs, and links where the machine lets us make them
+    python tests/benchmarks/comm.py --only codec --json F
+
+A link is a network namespace for each rank, a veth pair each, a bridge between them, and ``tc tbf`` on every rank's
+end: bytes leave a rank at the rate given and not faster. That needs root and iproute2; what was made is removed again.
+Bytes are the interface's own count, headers and all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from measure import Row, print_table, turn, write_json
+
+from qpass import comm
+from qpass.ops.comm import decode_into, encode_into
+
+MIB = 1 << 20
+CODECS = ("int8", "int6", "int4", "mxint8", "fp8_e4m3", "int8:128:bf16:hadamard", "int8:128:bf16:stochastic")
+LINKS = ((2, 1000, 64 * MIB), (4, 200, 16 * MIB))  # ranks, Mbit/s, bytes of float32
+SYSTEMS = {
+    2: ("dist.all_reduce", "bf16.all_reduce", "int8.all_reduce", "int4.all_reduce", "dist.reduce_scatter",
+        "int8.reduce_scatter", "dist.all_gather", "int8.all_gather"),
+    4: ("dist.all_reduce", "int8.all_reduce", "int4.all_reduce"),
+}  # fmt: skip
+ROUNDS = 5
+
+
+def codec_rows() -> list[Row]:
+    """Milliseconds for 64 MiB of float32 on one thread, beside a copy of as many bytes read."""
+    torch.set_num_threads(1)
+    x = torch.randn(16 * MIB)
+    out = torch.empty_like(x)
+    rows = [Row("64 MiB", "copy", "latency_median", round(statistics.median(turn(out.copy_, (x,))), 3), "ms")]
+    for name in CODECS:
+        codec = comm.codec(name)
+        payload = torch.empty(codec.payload_bytes(x.numel()), dtype=torch.uint8)
+        for what, call in (
+            ("encode", lambda codec=codec, payload=payload: encode_into(x, payload, codec)),
+            ("decode", lambda codec=codec, payload=payload: decode_into(payload, out, codec)),
+        ):
+            median = statistics.median(turn(call, ()))
+            rows.append(Row("64 MiB", f"{what} {name}", "latency_median", round(median, 3), "ms"))
+            rows.append(Row("64 MiB", f"{what} {name}", "speed", round(64 * MIB / median / 1e6, 2), "GB/s of float32"))
+    return rows
+
+
+def link_rows(world: int, mbit: int, size: int) -> list[Row]:
+    case = f"{size // MIB} MiB, {world} ranks, {mbit} Mbit/s"
+    why_not = no_links()
+    if why_not:
+        return [Row(case, "all", "failed", why_not, "")]
+    with link(world, mbit) as namespaces, tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--rank-of", str(world), "--size", str(size), "--folder", folder]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+        ranks = [
+            subprocess.Popen(["ip", "netns", "exec", name, *command, "--rank", str(rank)], env=environment)
+            for rank, name in enumerate(namespaces)
+        ]
+        codes = [rank.wait() for rank in ranks]
+        if any(codes):
+            return [Row(case, "all", "failed", f"exit codes {codes}", "")]
+        lines = [line.split() for line in Path(folder, "figures").read_text().splitlines()]
+    return [
+        row
+        for system, milliseconds, megabytes in lines
+        for row in (
+            Row(case, system, "latency_median", float(milliseconds), "ms"),
+            Row(case, system, "sent", float(megabytes), "MB a rank"),
+        )
+    ]
+
+
+def rank_main(rank: int, world: int, size: int, folder: str) -> None:
+    """What runs in each namespace; rank 0 writes a line for every system."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+    x = torch.randn(size // 4)
+    part = torch.empty(size // 4 // world)
+    lines = []
+    for system in SYSTEMS[world]:
+        codec, _, collective = system.partition(".")
+
+        def call(codec: str = codec, collective: str = collective) -> None:
+            if codec == "dist":
+                if collective == "all_reduce":
+                    dist.all_reduce(x)
+                elif collective == "reduce_scatter":
+                    dist.reduce_scatter_single(part, x)
+                else:
+                    dist.all_gather_single(x, part)
+            elif collective == "all_reduce":
+                comm.all_reduce(x, "avg", codec=codec)
+            elif collective == "reduce_scatter":
+                comm.reduce_scatter(part, x, codec=codec)
+            else:
+                comm.all_gather(x, part, codec=codec)
+
+        call()
+        times, sent = [], 0
+        for _ in range(ROUNDS):
+            dist.barrier()
+            before, start = bytes_sent(), time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+            sent = bytes_sent() - before
+        lines.append(f"{system} {statistics.median(times):.1f} {sent / 1e6:.2f}")
+    dist.barrier()
+    if rank == 0:
+        Path(folder, "figures").write_text("\n".join(lines))
+    dist.destroy_process_group()
+
+
+def bytes_sent() -> int:
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
+
+
+def no_links() -> str:
+    """Why no links can be made here; "" where they can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "links need Linux and root"
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    return f"links need {' and '.join(missing)} of iproute2" if missing else ""
+
+
+@contextmanager
+def link(world: int, mbit: int) -> Iterator[list[str]]:
+    """Names of `world` network namespaces whose `eth0` sends at most `mbit` Mbit/s to the others."""
+    number = os.getpid()
+    bridge, names = f"qpb{number}", [f"qpass-{number}-{rank}" for rank in range(world)]
+    try:
+        ip(f"link add {bridge} type bridge")
+        ip(f"link set {bridge} up")
+        for rank, name in enumerate(names):
+            ip(f"netns add {name}")
+            ip(f"link add qpv{number}-{rank} type veth peer name eth0 netns {name}")
+            ip(f"link set qpv{number}-{rank} master {bridge} up")
+            ip(f"-n {name} link set lo up")
+            ip(f"-n {name} link set eth0 up")
+            ip(f"-n {name} addr add 10.77.0.{rank + 1}/24 dev eth0")
+            ip(f"netns exec {name} tc qdisc add dev eth0 root tbf rate {mbit}mbit burst 256kb latency 100ms")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        subprocess.run(["ip", "link", "del", bridge], capture_output=True)
+
+
+def ip(arguments: str) -> None:
+    subprocess.run(["ip", *arguments.split()], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--only", choices=["codec", "link"])
+    for name in ("--rank", "--rank-of", "--size"):
+        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_of:
+        rank_main(options.rank, options.rank_of, options.size, options.folder)
+        return
+    rows: list[Row] = []
+    if options.only != "link":
+        measured = codec_rows()
+        print_table(measured, ratio_of="latency_median", ratio_to="copy")
+        rows += measured
+    if options.only != "codec":
+        measured = [row for world, mbit, size in LINKS for row in link_rows(world, mbit, size)]
+        print_table(measured, ratio_of="latency_median", ratio_to="dist.all_reduce")
+        rows += measured
+    write_json(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()
