@@ -118,7 +118,9 @@ class DDPHook:
         self.statistics = Statistics()
         self._layouts: dict[int, _Layout] = {}
         self._numbers: dict[int, int] = {}  # id of a parameter -> its number
-        self._residuals: dict[int, Tensor] = {}  # number -> float32, flat
+        self._residuals: dict[
+            int, Tensor
+        ] = {}  # number -> float32, flat, whole rows: rotation spreads errors to the end
         self._owned: dict[int, Tensor] = {}  # number -> float32 [rows that this rank sums, row]
         self.__name__ = self.__qualname__ = "qpass_ddp_hook"  # DDP logs it
 
@@ -198,15 +200,14 @@ class DDPHook:
             self._numbers.setdefault(id(parameter), len(self._numbers))
         sizes, row = [parameter.numel() for parameter in parameters], self.codec.row
         owns = self.error_feedback and group.size() > 2 and not self.codec.is_cast
-        padded = [-(-size // row) * row for size in sizes] if owns or len(sizes) > 1 else sizes
+        padded = [-(-size // row) * row for size in sizes] if self.error_feedback or len(sizes) > 1 else sizes
         layout = _Layout(parameters, sizes, padded)
         self._layouts = {index: kept for index, kept in self._layouts.items() if index < bucket.index()}
         self._layouts[bucket.index()] = layout  # keeps the parameters alive, and so their ids
         numbers = [self._numbers[id(parameter)] for parameter in parameters]
         if self.error_feedback:
             layout.residual = bucket.buffer().new_zeros(sum(padded), dtype=torch.float32)
-            parts = [part[:size] for part, size in zip(layout.residual.split(padded), sizes, strict=True)]
-            _take_over(self._residuals, numbers, parts)
+            _take_over(self._residuals, numbers, list(layout.residual.split(padded)))
         if owns:
             rows = [size // row for size in padded]
             layout.owned = OwnedRows(rows, numbers, group, self.codec, bucket.buffer().device)

@@ -102,6 +102,7 @@ def resumed() -> Iterator[tuple[str, Any]]:
     options: dict[str, dict[str, Any]] = {
         "int8": {}, "int4 feedback": {"bits": 4, "error_feedback": True},
         "after warm-up": {"bits": 4, "error_feedback": True, "warm_up": 2},
+        "rotated feedback": {"bits": 4, "block": 32, "error_feedback": True, "hadamard": True},
     }  # fmt: skip
     for name, chosen in options.items():
         first = Training(qpass.comm.ddp_hook(**chosen))

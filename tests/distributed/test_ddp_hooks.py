@@ -63,7 +63,7 @@ def test_training_stays_near_the_uncompressed_one(measured: Figures, name: str, 
     assert all(0 < rank["distances"][name] < most for rank in measured)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4 feedback", "after warm-up"])
+@pytest.mark.parametrize("name", ["int8", "int4 feedback", "after warm-up", "rotated feedback"])
 def test_a_resumed_run_continues_bit_for_bit(measured: Figures, name: str) -> None:
     """In a new process DDP starts with other buckets than it ended with; residuals matter and are restored."""
     assert all(rank["resumed"][name] is True for rank in measured)
