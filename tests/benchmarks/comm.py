@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,7 @@ SYSTEMS = {
         "int8.reduce_scatter", "dist.all_gather", "int8.all_gather"),
     4: ("dist.all_reduce", "int8.all_reduce", "int4.all_reduce"),
 }  # fmt: skip
-ROUNDS = 5
+ROUNDS = 3
 
 
 def codec_rows() -> list[Row]:
@@ -71,7 +72,11 @@ def link_rows(world: int, mbit: int, size: int) -> list[Row]:
             subprocess.Popen(["ip", "netns", "exec", name, *command, "--rank", str(rank)], env=environment)
             for rank, name in enumerate(namespaces)
         ]
-        codes = [rank.wait() for rank in ranks]
+        try:
+            codes = [rank.wait() for rank in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
         if any(codes):
             return [Row(case, "all", "failed", f"exit codes {codes}", "")]
         lines = [line.split() for line in Path(folder, "figures").read_text().splitlines()]
@@ -181,9 +186,11 @@ def main() -> None:
         print_table(measured, ratio_of="latency_median", ratio_to="copy")
         rows += measured
     if options.only != "codec":
-        measured = [row for world, mbit, size in LINKS for row in link_rows(world, mbit, size)]
-        print_table(measured, ratio_of="latency_median", ratio_to="dist.all_reduce")
-        rows += measured
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # through every `finally`: links are removed
+        for world, mbit, size in LINKS:
+            measured = link_rows(world, mbit, size)
+            print_table(measured, ratio_of="latency_median", ratio_to="dist.all_reduce")
+            rows += measured
     write_json(options.json, rows)
 
 

@@ -41,8 +41,8 @@ def samples() -> dict[str, Tensor]:
     normal = torch.randn(1 << 18)
     # Four times as many: tails as heavy as these are most of the noise, and few values are most of the tails.
     student = torch.randn(1 << 20) / torch.randn(3, 1 << 20).square().mean(0).sqrt()
-    outliers = torch.randn(256, 1024)
-    outliers[:, torch.randperm(1024)[:10]] *= 40
+    outliers = torch.randn(32, 16384)
+    outliers[:, torch.randperm(16384)[:164]] *= 40
     return {"normal": normal, "student_t3": student, "outliers": outliers.flatten(), "gradients": gradients()}
 
 
