@@ -85,6 +85,8 @@ def auto_quantize(
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         call = bound.arguments
+        if dist.get_rank(call["group"]) < 0:
+            return func(*args, **kwargs)  # not a member: dist says so, and nothing is written
         outputs = outputs_of(call)
         plan = plan_of(call, how) if _compressible(call, how) else None
         if plan is None:
@@ -139,8 +141,7 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 def _compressible(call: Call, how: Codec) -> bool:
     """Whether every rank of the call compresses: read from what all ranks share, dtype, reduction and group."""
-    group = call["group"]
-    if not dist.is_initialized() or dist.get_rank(group) < 0 or dist.get_world_size(group) == 1:
+    if dist.get_world_size(call["group"]) == 1:
         return False
     values = [tensor for name, value in call.items() if name not in NOT_DATA for tensor in _tensors(value)]
     dtypes = {tensor.dtype for tensor in values}

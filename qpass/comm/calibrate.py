@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -26,8 +25,10 @@ def calibrate_link(
     """Measure what `qpass.comm.decide` needs to know. All ranks of the group call it together.
 
     Bandwidth and latency are those of the plain ``all_reduce`` that compression competes with, at 1 KiB and 4 MiB;
-    the codec is timed on 4 MiB; a compressed all_reduce of 1 KiB shows what a call costs beside. Each is the median of
-    5, after calls that compile kernels and open connections. Rank 0's figures are taken by all.
+    the codec is timed alone on 4 MiB. A compressed all_reduce of 1 KiB then shows what a call costs beside, and one of
+    4 MiB how much slower coding is among transfers, and other ranks on the same cores. Each is the fastest of 7, after
+    2 that compile kernels and open connections: other work on the machine can only add. Rank 0's figures are taken by
+    all.
 
     Args:
         group: None for the default one.
@@ -41,43 +42,39 @@ def calibrate_link(
     if members.world == 1:
         raise InputError("A group of one rank has no link to measure.")
     process_group = members.process_group
-    if device is None:
-        device = (
-            "cpu" if "gloo" in dist.get_backend(process_group) else torch.accelerator.current_accelerator() or "cpu"
-        )
-    where = torch.device(device)
+    on_cpu = "gloo" in dist.get_backend(process_group)
+    where = torch.device(device or (None if on_cpu else torch.accelerator.current_accelerator()) or "cpu")
     small, large = (torch.ones(numel, device=where) for numel in (SMALL, LARGE))
     payload = how.encode(large)
 
     def synchronized(run: Callable[[], object]) -> float:
-        return _median(run, lambda: dist.barrier(group=process_group), where)
+        return _fastest(run, lambda: dist.barrier(group=process_group), where)
 
     few = synchronized(lambda: dist.all_reduce(small, group=process_group))
     many = synchronized(lambda: dist.all_reduce(large, group=process_group))
-    coded = synchronized(lambda: collectives.all_reduce(small, "avg", process_group, how))
+    few_coded = synchronized(lambda: collectives.all_reduce(small, "avg", process_group, how))
+    many_coded = synchronized(lambda: collectives.all_reduce(large, "avg", process_group, how))
     encode = synchronized(lambda: how.encode(large))
     decode = synchronized(lambda: how.decode(payload, LARGE))
 
     world = members.world
-    messages = 2 * (world - 1).bit_length()
-    sent = 2 * (world - 1) / world * 4 * (LARGE - SMALL)
-    measured = torch.tensor(
-        [
-            sent / max(many - few, many / 10), few / messages, 4 * LARGE / encode, 4 * LARGE / decode,
-            max(0.0, coded - 2 * few / messages),
-        ],
-        dtype=torch.float64,
-        device=where,
-    )  # fmt: skip
+    latency = few / (2 * (world - 1).bit_length())
+    sent = 2 * (world - 1) / world
+    bandwidth = sent * 4 * (LARGE - SMALL) / max(many - few, many / 10)
+    alone = (1 + 1 / world) * encode + 2 * decode
+    together = many_coded - few_coded - sent * payload.numel() / bandwidth
+    slower = max(1.0, together / alone)
+    rates = [4 * LARGE / (slower * seconds) for seconds in (encode, decode)]
+    overhead = max(0.0, few_coded - 2 * latency)
+    measured = torch.tensor([bandwidth, latency, *rates, overhead], dtype=torch.float64, device=where)
     dist.broadcast(measured, group=process_group, group_src=0)
-    bandwidth, latency, encode_rate, decode_rate, overhead = measured.tolist()
-    return Link(bandwidth, latency, encode_rate, decode_rate, overhead)
+    return Link(*measured.tolist())
 
 
-def _median(run: Callable[[], object], meet: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of 5 runs that all ranks start together, after 2 that do not count."""
+def _fastest(run: Callable[[], object], meet: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of 7 runs that all ranks start together, after 2 that do not count."""
     times = []
-    for _ in range(7):
+    for _ in range(9):
         meet()
         start = time.perf_counter()
         result = run()
@@ -85,4 +82,4 @@ def _median(run: Callable[[], object], meet: Callable[[], object], device: torch
             torch.accelerator.synchronize()
         del result
         times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    return min(times[2:])

@@ -15,6 +15,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]  # export
 from qpass.comm import collectives
 from qpass.comm.codec import Codec, codec
 from qpass.comm.cost import Link, decide
+from qpass.comm.owned_rows import OwnedRows
 from qpass.comm.statistics import Statistics, sent_bytes
 from qpass.errors import ConfigError
 
@@ -61,8 +62,8 @@ def ddp_hook(
         bits: of a code: 8, 6 or 4.
         block: elements that share a scale.
         error_feedback: add what rounding took from a gradient to the next step's gradient. It costs a float32 copy of
-            the gradients and a second coding. Rounding of the sum itself, which happens from 3 ranks on, is not fed
-            back.
+            the gradients and a second coding. From 3 ranks on the rounding of the sums is fed back as well, by the
+            ranks that own them (`qpass.comm.owned_rows`).
         hadamard: rotate blocks of 128 before coding, which spreads outliers.
         format: a codec instead of `bits`, `block` and `hadamard`: ``"bf16"`` and ``"fp16"`` are torch's compress hooks.
         warm_up: so many first steps are sent in full.
@@ -87,11 +88,12 @@ class _Layout:
     parameters: list[Tensor]
     sizes: list[int]
     padded: list[int]
-    residual: Tensor | None
+    residual: Tensor | None = None
+    owned: OwnedRows | None = None
 
     @property
     def is_dense(self) -> bool:
-        return self.sizes == self.padded or len(self.sizes) == 1
+        return self.sizes == self.padded
 
 
 class DDPHook:
@@ -100,7 +102,7 @@ class DDPHook:
     Each parameter starts a row of blocks, so codes, and the residuals of error feedback, do not depend on how DDP
     groups parameters into buckets, which it changes after the first step. Parameters are numbered in the order of the
     buckets of the first step that the hook sees: register it before the first backward pass, then the numbers, and so
-    `state_dict`, mean the same in every run of a model.
+    `state_dict`, mean the same in every run of a model. One hook serves one model.
     """
 
     def __init__(
@@ -116,7 +118,10 @@ class DDPHook:
         self.statistics = Statistics()
         self._layouts: dict[int, _Layout] = {}
         self._numbers: dict[int, int] = {}  # id of a parameter -> its number
-        self._residuals: dict[int, Tensor] = {}  # number -> float32, flat
+        self._residuals: dict[
+            int, Tensor
+        ] = {}  # number -> float32, flat, whole rows: rotation spreads errors to the end
+        self._owned: dict[int, Tensor] = {}  # number -> float32 [rows that this rank sums, row]
         self.__name__ = self.__qualname__ = "qpass_ddp_hook"  # DDP logs it
 
     def __call__(
@@ -126,7 +131,7 @@ class DDPHook:
         group = process_group if process_group is not None else dist.group.WORLD
         assert group is not None
         buffer, world, warm = bucket.buffer(), group.size(), self.statistics.steps < self.warm_up
-        layout = self._layout(bucket)
+        layout = self._layout(bucket, group)
         self.statistics.steps += bucket.is_last()
         if world == 1:
             done: Future = torch.futures.Future()
@@ -138,10 +143,15 @@ class DDPHook:
             work = dist.all_reduce(buffer.div_(world), group=group, async_op=True)
             return work.get_future().then(lambda future: future.value()[0])
         values = self._packed(buffer, layout)
-        self.statistics.add(sent_bytes("all_reduce", self.codec.payload_bytes(values.numel()), world, 1), plain)
-        shots = "one_shot" if world == 2 else "two_shot"  # never by size, which depends on the buckets
-        op = dist.ReduceOp.AVG
-        work = collectives.all_reduce(values, op, group, self.codec, async_op=True, schedule=shots)
+        if layout.owned is None:
+            sent = self.codec.payload_bytes(values.numel())
+            shots = "one_shot" if world == 2 else "two_shot"  # never by size, which depends on the buckets
+            op = dist.ReduceOp.AVG
+            work = collectives.all_reduce(values, op, group, self.codec, async_op=True, schedule=shots)
+        else:
+            sent = world * self.codec.payload_bytes(layout.owned.residual.numel())
+            work = layout.owned.average(values)
+        self.statistics.add(sent_bytes("all_reduce", sent, world, 1), plain)
 
         def unpack(future: torch.futures.Future[Any]) -> Tensor:
             future.value()  # raises what went wrong
@@ -150,10 +160,15 @@ class DDPHook:
         return work.get_future().then(unpack)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank needs to continue bit for bit: steps, counts, residuals. Save it on every rank."""
+        """What this rank needs to continue bit for bit: steps, counts, residuals. Save it on every rank.
+
+        Steps that are sent in full, in warm-up or where a `link` declines, are as repeatable as torch's all_reduce:
+        from 3 ranks on its order of summation depends on the buckets, which start anew in a new process.
+        """
         counts = asdict(self.statistics)
         residuals = {number: residual.clone() for number, residual in self._residuals.items()}
-        return {"codec": str(self.codec), "statistics": counts, "residuals": residuals}
+        owned = {number: residual.clone() for number, residual in self._owned.items()}
+        return {"codec": str(self.codec), "statistics": counts, "residuals": residuals, "owned": owned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, on the same rank of the same model.
@@ -168,6 +183,7 @@ class DDPHook:
             )
         self.statistics = Statistics(**state["statistics"])
         self._residuals = {number: residual.clone() for number, residual in state["residuals"].items()}
+        self._owned = {number: residual.clone() for number, residual in state["owned"].items()}
         self._layouts.clear()
 
     def _pays(self, buffer: Tensor, world: int) -> bool:
@@ -175,34 +191,28 @@ class DDPHook:
             decide("all_reduce", buffer.numel(), buffer.dtype, world, self.codec, self.link)
         )
 
-    def _layout(self, bucket: GradBucket) -> _Layout:
+    def _layout(self, bucket: GradBucket, group: dist.ProcessGroup) -> _Layout:
         parameters = bucket.parameters()
         found = self._layouts.get(bucket.index())
         if found is not None and _same(found.parameters, parameters):
             return found
-        row = self.codec.row
-        sizes = [parameter.numel() for parameter in parameters]
-        layout = _Layout(parameters, sizes, [-(-size // row) * row for size in sizes], None)
-        if layout.is_dense:
-            layout.padded = sizes
         for parameter in parameters:
             self._numbers.setdefault(id(parameter), len(self._numbers))
+        sizes, row = [parameter.numel() for parameter in parameters], self.codec.row
+        owns = self.error_feedback and group.size() > 2 and not self.codec.is_cast
+        padded = [-(-size // row) * row for size in sizes] if self.error_feedback or len(sizes) > 1 else sizes
+        layout = _Layout(parameters, sizes, padded)
         self._layouts = {index: kept for index, kept in self._layouts.items() if index < bucket.index()}
         self._layouts[bucket.index()] = layout  # keeps the parameters alive, and so their ids
+        numbers = [self._numbers[id(parameter)] for parameter in parameters]
         if self.error_feedback:
-            layout.residual = self._gathered_residual(layout, bucket.buffer())
+            layout.residual = bucket.buffer().new_zeros(sum(padded), dtype=torch.float32)
+            _take_over(self._residuals, numbers, list(layout.residual.split(padded)))
+        if owns:
+            rows = [size // row for size in padded]
+            layout.owned = OwnedRows(rows, numbers, group, self.codec, bucket.buffer().device)
+            _take_over(self._owned, numbers, [layout.owned.residual[part] for part in layout.owned.parts])
         return layout
-
-    def _gathered_residual(self, layout: _Layout, buffer: Tensor) -> Tensor:
-        """The residuals of the layout's parameters as one tensor, whose parts become the residuals."""
-        whole = buffer.new_zeros(sum(layout.padded), dtype=torch.float32)
-        parts = whole.split(layout.padded)
-        for parameter, size, part in zip(layout.parameters, layout.sizes, parts, strict=True):
-            number = self._numbers[id(parameter)]
-            if number in self._residuals:
-                part[:size] = self._residuals[number]
-            self._residuals[number] = part[:size]
-        return whole
 
     def _packed(self, buffer: Tensor, layout: _Layout) -> Tensor:
         """The values to send: the buffer itself, or a copy with every parameter padded to whole rows."""
@@ -213,7 +223,7 @@ class DDPHook:
             parts = [part[:size] for part, size in zip(values.split(layout.padded), layout.sizes, strict=True)]
             torch._foreach_copy_(parts, list(buffer.split(layout.sizes)))
         if layout.residual is not None:
-            values = values + layout.residual
+            values = values.float() + layout.residual
         if layout.residual is not None or self.measure_error:
             decoded = self.codec.decode(self.codec.encode(values), values.numel(), torch.float32)
             self.statistics.add_error(values.float(), decoded)
@@ -228,6 +238,14 @@ class DDPHook:
             parts = [part[:size] for part, size in zip(values.split(layout.padded), layout.sizes, strict=True)]
             torch._foreach_copy_(list(buffer.split(layout.sizes)), parts)
         return buffer
+
+
+def _take_over(kept: dict[int, Tensor], numbers: list[int], parts: list[Tensor]) -> None:
+    """Let `parts`, by the parameters' numbers, hold what is kept, and be what is kept from now on."""
+    for number, part in zip(numbers, parts, strict=True):
+        if number in kept:
+            part.copy_(kept[number])
+        kept[number] = part
 
 
 def _same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:

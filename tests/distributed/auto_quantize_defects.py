@@ -133,6 +133,14 @@ def writes_to_strided_buffers(kit: Kit) -> None:
     assert torch.equal(whole[:, ::2].t(), torch.cat([part, part + 100]))
 
 
+def leaves_strangers_alone(kit: Kit) -> None:
+    """A rank that is not in the group: dist warns and does nothing."""
+    only_rank_0 = dist.new_group([0])
+    output = [torch.full_like(EXACT, -1)]
+    kit.fp16(dist.all_gather, 2.0)(output, mine(), group=only_rank_0)
+    assert torch.equal(output[0], EXACT / 2 if dist.get_rank() == 0 else torch.full_like(EXACT, -1))
+
+
 def integers_pass_through(kit: Kit) -> None:
     for tensor in (torch.tensor([2**40 + 1, -70000]), torch.tensor([True, False]), torch.tensor([1 + 2j])):
         outputs = buffers(tensor)
@@ -226,8 +234,8 @@ DEFECTS: dict[str, Callable[[Kit], None]] = {
         splits_by_keyword, splits_by_position, everything_by_keyword, group_by_position,
         wrong_argument_is_a_type_error, quant_loss_of_lists, quant_loss_of_all_to_all,
         writes_the_buffers_of_the_caller, bfp16_of_any_shape, bfp16_of_transposed, writes_to_strided_buffers,
-        integers_pass_through, keeps_the_dtype, keeps_inf, types_have_names, asynchronous, has_gradients,
-        can_be_compiled, knows_the_other_collectives, rounds_in_blocks,
+        leaves_strangers_alone, integers_pass_through, keeps_the_dtype, keeps_inf, types_have_names, asynchronous,
+        has_gradients, can_be_compiled, knows_the_other_collectives, rounds_in_blocks,
     )
 }  # fmt: skip
 

@@ -90,10 +90,11 @@ def distances() -> Iterator[tuple[str, Any]]:
         parameters = Training(hook, views=name == "int8").run(6)
         error = ((parameters - plain).norm() / plain.norm()).item()
         yield name, error if is_equal_everywhere(parameters) else -1.0
-    for dtype in (torch.bfloat16, torch.float16):
-        parameters = Training(qpass.comm.ddp_hook(), dtype).run(3).double()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
         plain = Training(None, dtype).run(3).double()
-        yield str(dtype), ((parameters - plain).norm() / plain.norm()).item()
+        for name, hook in {"": qpass.comm.ddp_hook(), " feedback": qpass.comm.ddp_hook(error_feedback=True)}.items():
+            parameters = Training(hook, dtype, cap=0.05 if name else 0.001).run(3).double()  # one parameter a bucket
+            yield f"{dtype}{name}", ((parameters - plain).norm() / plain.norm()).item()
 
 
 def resumed() -> Iterator[tuple[str, Any]]:
@@ -101,6 +102,7 @@ def resumed() -> Iterator[tuple[str, Any]]:
     options: dict[str, dict[str, Any]] = {
         "int8": {}, "int4 feedback": {"bits": 4, "error_feedback": True},
         "after warm-up": {"bits": 4, "error_feedback": True, "warm_up": 2},
+        "rotated feedback": {"bits": 4, "block": 32, "error_feedback": True, "hadamard": True},
     }  # fmt: skip
     for name, chosen in options.items():
         first = Training(qpass.comm.ddp_hook(**chosen))
@@ -110,9 +112,10 @@ def resumed() -> Iterator[tuple[str, Any]]:
         second.resume(checkpoint)
         yield name, torch.equal(first.run(4), second.run(4))
         if chosen.get("error_feedback"):
-            third = Training(qpass.comm.ddp_hook(**chosen))
-            third.resume((*checkpoint[:2], {**checkpoint[2], "residuals": {}}, checkpoint[3]))
-            yield f"{name}, residuals lost", torch.equal(first.parameters(), third.run(4))
+            for lost in ("residuals", "owned"):
+                third = Training(qpass.comm.ddp_hook(**chosen))
+                third.resume((*checkpoint[:2], {**checkpoint[2], lost: {}}, checkpoint[3]))
+                yield f"{name}, {lost} lost", torch.equal(first.parameters(), third.run(4))
 
 
 def grouping() -> Iterator[tuple[str, Any]]:
@@ -124,16 +127,17 @@ def grouping() -> Iterator[tuple[str, Any]]:
 def feedback() -> Iterator[tuple[str, Any]]:
     """Decibels of the error of the mean of 64 steps with the same gradient."""
     torch.manual_seed(dist.get_rank())
-    pair = dist.new_group([0, 1])
-    if dist.get_rank() > 1:
-        return
-    gradient, parameter = torch.randn(4096), torch.empty(4096)
-    average = gradient / 2
-    dist.all_reduce(average, group=pair)
-    for name, chosen in {"without": False, "with": True}.items():
-        hook = qpass.comm.ddp_hook(4, 32, error_feedback=chosen)
-        mean = torch.stack([hook(pair, Bucket(gradient.clone(), parameter)).wait() for _ in range(64)]).mean(0)
-        yield name, 10 * torch.log10((mean - average).square().sum() / average.square().sum()).item()
+    pair = [dist.new_group([0, 1]), dist.new_group([2, 3])][dist.get_rank() // 2]
+    gradient, parameter = torch.randn(4000), torch.empty(4000)
+    for group in (pair, dist.group.WORLD):
+        world = dist.get_world_size(group)
+        average = gradient / world
+        dist.all_reduce(average, group=group)
+        for name, chosen in {"without": False, "with": True}.items():
+            hook = qpass.comm.ddp_hook(4, 32, error_feedback=chosen)
+            results = [hook(group, Bucket(gradient.clone(), parameter)).wait().clone() for _ in range(64)]
+            error = torch.stack(results).mean(0) - average
+            yield f"{name}, {world}", 10 * torch.log10(error.square().sum() / average.square().sum()).item()
 
 
 def overflow() -> Iterator[tuple[str, Any]]:

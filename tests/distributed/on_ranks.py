@@ -1,4 +1,4 @@
-"""A function on every rank of a gloo group of fresh processes, and what each returned."""
+"""What a function returns on every rank of a gloo group of real processes (`ranks.run` returns verdicts only)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
     """``function(*args)`` on each of ``world`` ranks; its results in rank order. A failure of one fails the caller."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "pytest", "qpass"])  # imported once for all ranks
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_rank, args=(rank, world, folder, function, args), daemon=True)
@@ -40,7 +41,6 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: floa
 
 
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     result: Any = None
     try:
