@@ -43,8 +43,9 @@ def _taken_over(found: Pairs) -> None:
         heirs = set()
         for user, position in readers(found.a, view.index):
             reader = found.b.nodes[found.right[user]] if user in found.right else None
-            short = reader is None or len(reader.inputs) <= position
-            heirs.add(-1 if short else found.b.sources[reader.inputs[position]])  # type: ignore[union-attr]
+            same = reader is not None and reader.operator == found.a.nodes[user].operator
+            known = same and position < len(reader.inputs)  # type: ignore[union-attr]
+            heirs.add(found.b.sources[reader.inputs[position]] if known else -1)  # type: ignore[union-attr]
         heir = found.b.nodes[next(iter(heirs))] if len(heirs) == 1 and -1 not in heirs else None
         if heir is not None and is_operation(heir) and sizes(heir.val) == sizes(view.val):
             found.add(view.index, heir.index)
