@@ -34,12 +34,12 @@ def match(a: Snapshot, b: Snapshot) -> dict[int, int]:
     found = Pairs(a, b)
     found.by_key(lambda view: (view.region, view.operator, view.form) if view.op == "get_attr" else None)
     found.by_key(lambda view: (view.region, view.op) if view.op == "output" else None)
+    found.by_key(lambda view: (view.region, view.name) if view.op == "placeholder" else None)
+    found.in_order(lambda view: view.region if view.op == "placeholder" else None)
     descended = related(a, b)
     if descended:
         recorded(found)
         _congruent(found)
-    found.by_key(lambda view: (view.region, view.name) if view.op == "placeholder" else None)
-    found.in_order(lambda view: view.region if view.op == "placeholder" else None)
     if found.is_open:
         structural(found, descended)
     return found.right

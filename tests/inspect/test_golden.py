@@ -1,4 +1,4 @@
-"""The text of a diff, to the letter, for each stage of one small model: the same in every run and for every hash seed."""
+"""The text of a diff, to the letter, at each stage of a small model: the same in every run, whatever the hash seed."""
 
 from __future__ import annotations
 
