@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import qpass
 from interpret import values
 from qpass.capture import capture
+from qpass.config import Config
 from qpass.graph.edit import copy_graph_module
 from qpass.inspect import ranges
 from qpass.inspect.sqnr_nodes import SqnrByNode
@@ -23,10 +25,13 @@ from qpass.inspect.sqnr_nodes import SqnrByNode
 aten = torch.ops.aten
 quantized = torch.ops.quantized_decomposed
 STATIC = qpass.presets.int8_static(compute_dtype=None)
+EXTREMES = replace(  # quicker to convert than histograms
+    STATIC, activation=qpass.QuantizationSpec(torch.uint8, symmetric=False, observer=qpass.observer.MinMaxObserver)
+)
 
 
-def stages(model: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, fx.GraphModule]:
-    prepared = qpass.prepare(torch.export.export(model.eval(), inputs), config=STATIC)
+def stages(model: nn.Module, *inputs: Tensor, config: Config = EXTREMES) -> tuple[fx.GraphModule, fx.GraphModule]:
+    prepared = qpass.prepare(torch.export.export(model.eval(), inputs), config=config)
     with torch.no_grad():
         prepared(*inputs)
     return prepared, qpass.convert(prepared)
@@ -165,7 +170,7 @@ def test_a_module_is_captured_for_the_comparison() -> None:
 
 def test_ranges_of_observers() -> None:
     x = torch.cat([torch.linspace(-1, 1, 1600).reshape(100, 16), torch.full((1, 16), 8.0)])
-    prepared, _ = stages(net(), x)
+    prepared, _ = stages(net(), x, config=STATIC)
     found = ranges(prepared)
     first = next(seen for seen in found if seen.module == "0" and not seen.weight)
     assert (first.low, first.high) == (-1.0, 8.0)
