@@ -18,6 +18,7 @@ from qpass.inspect.nodes import NodeView, Snapshot
 from qpass.inspect.snapshot import snapshot
 
 Pair = tuple[NodeView, NodeView]
+CALLS = ("call_function", "call_module", "call_method")
 KINDS = ("added", "removed", "rewired", "retargeted")
 
 
@@ -81,14 +82,11 @@ class GraphDiff:
     @cached_property
     def ops(self) -> dict[str, tuple[int, int]]:
         """Operator -> (how many before, how many after), for those whose number changed, by name."""
-        counts: list[Counter[str]] = [Counter(), Counter()]
-        for change in self.changes:
-            for count, view in zip(counts, (change.before, change.after), strict=True):
-                if view is not None and view.op in ("call_function", "call_module", "call_method"):
-                    count[view.short] += 1
+        old = [*self.removed, *(before for before, _ in self.matched)]
+        new = [*self.added, *(after for _, after in self.matched)]
+        counts = [Counter(view.short for view in views if view.op in CALLS) for views in (old, new)]
         names = sorted(name for name in counts[0] | counts[1] if counts[0][name] != counts[1][name])
-        totals = [Counter(view.short for view in graph.nodes) for graph in (self.before, self.after)]
-        return {name: (totals[0][name], totals[1][name]) for name in names}
+        return {name: (counts[0][name], counts[1][name]) for name in names}
 
     @cached_property
     def refusals(self) -> dict[tuple[str, str], tuple[NodeView, ...]]:

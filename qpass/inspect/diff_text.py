@@ -69,13 +69,16 @@ def figures(diff: GraphDiff) -> Iterator[tuple[str, str]]:
     before, after = diff.before, diff.after
     counts = [("+", "added"), ("-", "removed"), ("~", "rewired"), ("~", "retargeted")]
     parts = [f"{sign}{count} {kind}" for sign, kind in counts if (count := len(getattr(diff, kind)))]
-    yield "nodes", f"{len(before)} -> {len(after)}   {'  '.join(parts)}"
+    kept, added, removed = len(diff.matched), len(diff.added), len(diff.removed)
+    yield "nodes", f"{kept + removed} -> {kept + added}   {'  '.join(parts)}"
     old, new = before.constant_bytes, after.constant_bytes
-    if old or new:
+    is_whole = kept + removed == len(before)
+    if is_whole and (old or new):
         yield "constants", f"{quantity(old)} -> {quantity(new)}" + (f" ({100 * new / old:.1f} %)" if old else "")
-    if before.sent_bytes or after.sent_bytes:
+    if is_whole and (before.sent_bytes or after.sent_bytes):
         yield "sent", f"{quantity(before.sent_bytes)} -> {quantity(after.sent_bytes)} a rank and call"
-    yield "edits", f"{len(diff.edits)} distinct, at {len(diff.instances)} places"
+    places = len(diff.instances)
+    yield "edits", f"{len(diff.edits)} distinct, at {places} place{'s' * (places > 1)}"
     for name, values in diff.metrics.items():
         worst = min(values.items(), key=lambda item: item[1], default=None)
         if worst:

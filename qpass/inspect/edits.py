@@ -197,7 +197,7 @@ def absorbed(before: Snapshot, after: Snapshot, pairs: Mapping[int, int], gone: 
         return None
     for user, position in before.users[gone.index]:
         reader = after.nodes[pairs[user]] if user in pairs else None
-        if reader is None or len(reader.inputs) != len(before.nodes[user].inputs):
+        if reader is None or reader.operator != before.nodes[user].operator or position >= len(reader.inputs):
             return None
         found.add(after.sources[reader.inputs[position]])
     if len(found) != 1:

@@ -25,7 +25,7 @@ def _kept(found: Pairs) -> None:
     there = {(view.region, view.name): view for view in found.b.nodes}
     for view in found.a.nodes:
         other = there.get((view.region, view.name))
-        if other is None or view.operator != other.operator or view.module != other.module:
+        if other is None or view.operator != other.operator or not _same_place(view, other):
             continue
         if view.origin is other.origin or view.origins() == other.origins():
             found.add(view.index, other.index)
@@ -33,6 +33,11 @@ def _kept(found: Pairs) -> None:
         source = found.a.sources[left]
         if source != left and found.right.get(source, found.b.sources[right]) != found.b.sources[right]:
             del found.right[left], found.left[right]
+
+
+def _same_place(one: NodeView, other: NodeView) -> bool:
+    """Whether both come from one line of one module: the id of a graph that is gone may be another's by now."""
+    return one.module == other.module and one.stack == other.stack
 
 
 def _taken_over(found: Pairs) -> None:
@@ -43,8 +48,9 @@ def _taken_over(found: Pairs) -> None:
         heirs = set()
         for user, position in readers(found.a, view.index):
             reader = found.b.nodes[found.right[user]] if user in found.right else None
-            short = reader is None or len(reader.inputs) <= position
-            heirs.add(-1 if short else found.b.sources[reader.inputs[position]])  # type: ignore[union-attr]
+            same = reader is not None and reader.operator == found.a.nodes[user].operator
+            known = same and position < len(reader.inputs)  # type: ignore[union-attr]
+            heirs.add(found.b.sources[reader.inputs[position]] if known else -1)  # type: ignore[union-attr]
         heir = found.b.nodes[next(iter(heirs))] if len(heirs) == 1 and -1 not in heirs else None
         if heir is not None and is_operation(heir) and sizes(heir.val) == sizes(view.val):
             found.add(view.index, heir.index)
@@ -70,7 +76,7 @@ def _claims(old: Snapshot, new: Snapshot) -> dict[int, int]:
             own = named.get((view.region, origin.name))
             if own is None or not (origin.graph in old.graph_ids or histories[own.index] == history[position + 1 :]):
                 own = heirs.get((origin.graph, origin.name))
-            if own is not None and str(own.target) == origin.target and own.module == view.module:
+            if own is not None and str(own.target) == origin.target and _same_place(own, view):
                 return own
         return None
 

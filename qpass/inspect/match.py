@@ -34,12 +34,12 @@ def match(a: Snapshot, b: Snapshot) -> dict[int, int]:
     found = Pairs(a, b)
     found.by_key(lambda view: (view.region, view.operator, view.form) if view.op == "get_attr" else None)
     found.by_key(lambda view: (view.region, view.op) if view.op == "output" else None)
+    found.by_key(lambda view: (view.region, view.name) if view.op == "placeholder" else None)
+    found.in_order(lambda view: view.region if view.op == "placeholder" else None)
     descended = related(a, b)
     if descended:
         recorded(found)
         _congruent(found)
-    found.by_key(lambda view: (view.region, view.name) if view.op == "placeholder" else None)
-    found.in_order(lambda view: view.region if view.op == "placeholder" else None)
     if found.is_open:
         structural(found, descended)
     return found.right
@@ -141,8 +141,10 @@ def _same_readers(found: Pairs) -> None:
             return None
         here = found.is_left(view)
         graph = found.a if here else found.b
-        reading = [(found.right.get(u) if here else u, p) for u, p in readers(graph, view.index)]
-        known = sorted((u, p) for u, p in reading if u is not None and u in found.left)
+        reading = [
+            (found.right.get(u) if here else u, p, graph.nodes[u].operator) for u, p in readers(graph, view.index)
+        ]
+        known = sorted((u, p, operator) for u, p, operator in reading if u is not None and u in found.left)
         return (view.module, tuple(known)) if known and len(known) == len(reading) else None
 
     found.by_key(key, alone=True)

@@ -51,7 +51,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterabl
 
 def pairs(rows: Iterable[tuple[str, str]]) -> str:
     """A table of names and what is said about them."""
-    cell = "padding:1px 16px 1px 0;text-align:left"
+    cell = "padding:1px 16px 1px 0;text-align:left;white-space:pre-wrap"
     lines = (tag("tr", tag("td", quiet(name), style=cell), tag("td", escape(text), style=cell)) for name, text in rows)
     return tag("table", *lines, style="border-collapse:collapse;font-size:13px")
 

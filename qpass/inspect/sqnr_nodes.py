@@ -21,7 +21,7 @@ from qpass.inspect.nodes import NodeView, Snapshot
 from qpass.inspect.snapshot import snapshot
 from qpass.inspect.sqnr_text import html, text
 
-BLOCK = 1 << 16
+BLOCK = 1 << 15
 """Values compared at once: their float64 copies stay small."""
 
 
@@ -88,13 +88,15 @@ def sqnr_by_node(a: Any, b: Any, batches: list[Any]) -> SqnrByNode:
     left, right = _graph(a, batches[0]), _graph(b, batches[0])
     before, after = snapshot(left), snapshot(right)
     pairs = _compared(before, after, match(before, after))
-    sums = {index: [0.0, 0.0] for index in pairs.values()}
+    sums: dict[int, list[float]] = {}
     for batch in batches:
         with torch.no_grad():
             for index, ref, x in _in_step(_steps(left, batch), _steps(right, batch), before, after, pairs):
                 signal, noise = _energies(ref, x)
-                sums[index][0] += signal
-                sums[index][1] += noise
+                total = sums.setdefault(index, [0.0, 0.0])
+                total[0] += signal
+                total[1] += noise
+                del ref, x  # they would live on while the next ones are computed
     reference = {right: left for left, right in pairs.items()}
     ratios = {index: decibels(*energies) for index, energies in sorted(sums.items())}
     inputs = _ratio_of_inputs(after, ratios)
@@ -164,10 +166,10 @@ class _Run(fx.Interpreter):
         self.args_iter: Iterator[Any] = iter(inputs)
         for node in self.graph.nodes:
             self.env[node] = value = self.run_node(node)
-            yield node.name, value
-            del value
             for dead in self.user_to_last_uses.get(node, ()):
                 self.env.pop(dead, None)
+            yield node.name, value
+            del value
 
 
 def _steps(gm: fx.GraphModule, batch: Any) -> Iterator[tuple[str, Any]]:
@@ -195,6 +197,7 @@ def _in_step(
     for name, ref in left:
         index = partner.get(name)
         if index is None or not isinstance(ref, Tensor):
+            del ref
             continue
         late[index] = ref
         while index in late and index not in early:
@@ -203,19 +206,24 @@ def _in_step(
                 break
             at = index_of[found[0]]
             if at in late:
-                yield at, late.pop(at), found[1]
+                yield from _both(at, late.pop(at), found[1])
             elif at in wanted:
                 early[at] = found[1]
             del found
         if index in early and index in late:
-            yield index, late.pop(index), early.pop(index)
+            yield from _both(index, late.pop(index), early.pop(index))
         del ref
 
 
-def _energies(ref: Tensor, x: Any) -> tuple[float, float]:
+def _both(index: int, ref: Tensor, x: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The two values of a pair, where they can be compared after all."""
+    floats = ref.is_floating_point() and isinstance(x, Tensor) and x.is_floating_point()
+    if floats and x.shape == ref.shape:
+        yield index, ref, x
+
+
+def _energies(ref: Tensor, x: Tensor) -> tuple[float, float]:
     """The sums of squares of a reference and of the noise on it, in float64, block by block."""
-    if not isinstance(x, Tensor) or x.shape != ref.shape or not (ref.is_floating_point() and x.is_floating_point()):
-        return 0.0, 0.0
     signal = noise = 0.0
     for one, other in zip(_blocks(ref), _blocks(x), strict=True):
         one, other = one.double(), other.double()

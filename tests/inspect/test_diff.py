@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -253,6 +255,26 @@ def test_other_programs_read_it(stages: Stages, tmp_path: Path) -> None:
     dot = found.to_dot()
     assert dot.count("subgraph") == len(found.edits)
     assert dot.count("{") == dot.count("}")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colour_on_a_terminal_alone(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich", reason="rich, of the extra viz, is not installed")
+    found = qpass.diff(stages.prepared, stages.quantized)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    coloured, plain, file = Terminal(), Terminal(), io.StringIO()
+    found.show(coloured)
+    assert "\x1b[32m" in coloured.getvalue()  # green
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured.getvalue()) == f"{found}\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    found.show(plain)
+    found.show(file)
+    assert plain.getvalue() == file.getvalue() == f"{found}\n"
 
 
 def test_the_type_is_a_value(stages: Stages) -> None:

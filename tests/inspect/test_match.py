@@ -7,6 +7,7 @@ import copy
 import functools
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,6 +27,12 @@ from qpass.passes.annotate import Annotate
 from qpass.passes.fold_batch_norm import FoldBatchNorm
 from qpass.passes.fold_constants import FoldConstants
 
+STATIC = (
+    replace(  # extremes: choosing a range from a histogram takes most of the time of convert, and plays no part here
+        qpass.presets.int8_static(compute_dtype=None),
+        activation=qpass.QuantizationSpec(torch.uint8, symmetric=False, observer=qpass.observer.MinMaxObserver),
+    )
+)
 ARCHITECTURES = ("resnet50", "vit", "bert", "gpt2", "llama")
 WITH_BATCH_NORM = ("resnet50", "audio_conv")
 
@@ -43,7 +50,7 @@ class Stages(NamedTuple):
 def stages(name: str) -> Stages:
     model, inputs = MODELS[name]("tiny")
     program = export(model, inputs)
-    prepared = qpass.prepare(program, config=qpass.presets.int8_static(compute_dtype=None))
+    prepared = qpass.prepare(program, config=STATIC)
     with torch.no_grad():
         prepared(*inputs)
     quantized = qpass.convert(prepared)
@@ -217,8 +224,8 @@ def test_lower(name: str) -> None:
             continue  # max pooling of codes holds them in float32
         if x.is_floating_point() and not y.is_floating_point():
             readers = [before[u] for u, _ in one.users[left] if one.nodes[u].short.startswith("quantize")]
-            if not readers:  # a view of codes: the quantize node stands in front of it, before
-                continue
+            if not readers and one.nodes[left].operator == other.nodes[right].operator:
+                continue  # a view of codes: the quantize node stands in front of it, before
             x = readers[0]
         # rounding ties: behind them a layer is off by some codes of 255; another layer's values differ by their size
         assert same(x, y, rtol=0.1), (one.nodes[left], other.nodes[right])
@@ -232,8 +239,7 @@ def test_lower(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_BATCH_NORM)
 @pytest.mark.parametrize("history", [True, False])
 def test_batch_norms_folded(name: str, history: bool) -> None:
-    model, inputs = MODELS[name]("tiny")
-    gm = capture(export(model, inputs))
+    gm = capture(stages(name).program)
     folded = copy_graph_module(gm)
     Annotate(qpass.presets.int8_static(compute_dtype=None), "x86").run(folded)
     count = FoldBatchNorm().run(folded)

@@ -134,3 +134,12 @@ def test_each_diff_is_an_artifact_of_the_trace(prepared: fx.GraphModule, monkeyp
         f"qpass_quantized_{name}" for name in ("fold_batch_norm", "lower_observers", "fold_constants")
     ]
     assert "batch_norm(conv2d(" in artifacts["qpass_quantized_fold_batch_norm"]
+
+
+@pytest.mark.slow  # a compilation
+def test_the_backend_is_recorded_too(prepared: fx.GraphModule) -> None:
+    quantized = qpass.convert(prepared)
+    with qpass.record() as passes, torch.no_grad():
+        torch.compile(quantized, backend="qpass")(torch.randn(2, 2, 4, 4))
+    assert [found.name for found in passes] == ["carry_codes", "merge_siblings", "lower_islands", "fold_constants"]
+    assert {found.stage for found in passes} == {"lowered"}
