@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.ao.quantization.utils import determine_qparams
-from torch.distributed._tools.mem_tracker import MemTracker
 
-from qpass import numerics
+from qpass import blocks, numerics
 from qpass.ops import graph_ops as qd
 from qpass.ops import quantized_decomposed
 
@@ -137,17 +136,18 @@ def test_quantize_weight_equals_quantize(shape: tuple[int, ...], axis: int | Non
     assert torch.equal(out, expected)
 
 
+def allocations(profile: torch.autograd.profiler.profile) -> list[int]:
+    """Bytes that each operator allocated; their order and their ends, which depend on the profiler, do not matter."""
+    return [e.self_cpu_memory_usage for e in profile.function_events if e.self_cpu_memory_usage > 0]
+
+
 def test_quantize_weight_keeps_its_temporaries_small() -> None:
     w = torch.randn(4096, 2048)  # 32 MiB
     scale, zero_point = torch.rand(4096) + 0.01, torch.zeros(4096, dtype=torch.int32)
     out = torch.empty(w.shape, dtype=torch.int8)
-    tracker = MemTracker()  # counts what every operator returns while it lives, so its peak is the same in every run
-    tracker.track_external(w, scale, zero_point, out)
-    before = tracker.get_tracker_snapshot("current")[w.device]["Total"]
-    with tracker:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         numerics.quantize_weight(w, scale, zero_point, 0, -127, 127, torch.int8, out=out)
-    temporaries = tracker.get_tracker_snapshot("peak")[w.device]["Total"] - before
-    assert 2**20 <= temporaries <= 4 * 2**20  # at least one block, at most four
+    assert max(allocations(profile)) == 4 * blocks.BLOCK  # a block of float32; two or three are alive at a time
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -159,18 +159,5 @@ def test_eager_operators_make_no_temporary_larger_than_a_block(layout: str) -> N
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         codes = quantized_decomposed.quantize_per_channel(x, *tail)
         values = quantized_decomposed.dequantize_per_channel(codes, *tail)
-    sizes = [event.self_cpu_memory_usage for event in profile.function_events if event.self_cpu_memory_usage > 0]
-    assert [size for size in sizes if size > 2**20] == [codes.nbytes, values.nbytes]
+    assert sorted(size for size in allocations(profile) if size > 2**20) == [codes.nbytes, values.nbytes]
     assert codes.stride() == values.stride() == x.stride()
-
-
-def test_whole_tensor_arithmetic_makes_two_temporaries() -> None:
-    """Where a tensor is not cut into blocks (under a mode, on a GPU): two of its size at most, and a mask."""
-    x = torch.randn(1 << 20)
-    tracker = MemTracker()
-    tracker.track_external(x)
-    before = tracker.get_tracker_snapshot("current")[x.device]["Total"]
-    with tracker:
-        codes = numerics.quantize(x, 0.1, 3, -128, 127, torch.int8)
-    temporaries = tracker.get_tracker_snapshot("peak")[x.device]["Total"] - before
-    assert 2 * x.nbytes <= temporaries <= 2 * x.nbytes + 2 * codes.nbytes
