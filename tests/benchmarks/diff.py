@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for nodes in map(int, options.sizes.split(",")):
         rows += measure(nodes)
         write_json(options.json, rows)
-    print_table(rows)
+    print_table(rows, ratio_of="match", ratio_to="qpass")
 
 
 if __name__ == "__main__":
