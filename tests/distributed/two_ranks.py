@@ -22,11 +22,12 @@ def calibrated() -> tuple[Any, str]:
 def everything() -> dict[str, Any]:
     return {
         "calibrated": calibrated(),
-        "verdicts": auto_quantize_defects.verdicts(),
+        "verdicts": auto_quantize_defects.verdicts("qpass"),
         "forms": auto_quantize_defects.forms(),
         "gradients": auto_quantize_defects.gradients(),
         "traceable": auto_quantize_defects.traceable(),
         "fsdp": fsdp_training.figures(),
+        "torch": auto_quantize_defects.verdicts("torch"),  # last: it leaves other groups behind
     }
 
 

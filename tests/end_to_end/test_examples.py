@@ -37,6 +37,7 @@ def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"SQNR        {figures['sqnr']:.1f} dB" in printed
 
 
+@pytest.mark.slow  # fifteen epochs
 def test_qat(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn, which ships the digits, is not installed")
     figures = example("qat").main()
