@@ -9,7 +9,7 @@ from torch import fx
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
 from qpass.rewrite.coded import decoded
-from qpass.rewrite.collective import c10d, ops
+from qpass.rewrite.collective import EVEN_KEY, c10d, ops
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule, require
@@ -28,6 +28,7 @@ class ExchangePayloads(Rule):
     def check(self, m: Match, constants: Constants) -> None:
         collective = issued_by(m.root)
         require(collective.is_even, "its parts are not equal")
+        require(collective.node.meta.get(EVEN_KEY), "nothing promises that its parts are equal on every rank")
         payload_of(collective, world_of(collective))
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:

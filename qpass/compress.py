@@ -55,7 +55,7 @@ def compress(
     if strict and missed:
         places = "\n         ".join(f"{where(node)}: {record.op}: {record.reason}" for node, record in missed)
         hint = "name other kinds in the policy, or compile without strict=True"
-        raise StrictError(f"{len(missed)} collectives are not compressed", where=places, hint=hint)
+        raise StrictError(f"collectives that are wanted compressed and are not: {len(missed)}", where=places, hint=hint)
     gm.recompile()
     return gm
 

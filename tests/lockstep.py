@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from qpass.graph.text import graph_text
-from qpass.rewrite.collective import WORLD_KEY, ops
+from qpass.rewrite.collective import EVEN_KEY, WORLD_KEY, ops
 from qpass.rewrite.match import normalized
 from qpass.rewrite.rule import Applied, Rule, apply_rules
 
@@ -26,6 +27,7 @@ def traced(function: Callable[..., Any], *inputs: Tensor, world: int = 2) -> fx.
         gm = make_fx(lambda *given: function(*given))(*(mode.from_tensor(x) for x in inputs))
     for node in gm.graph.nodes:
         node.meta[WORLD_KEY] = world
+        node.meta[EVEN_KEY] = True
         node.meta["stack_trace"] = '  File "model.py", line 7, in forward\n    y = send(x)\n'
         node.meta["nn_module_stack"] = {"m": ("L['self'].block", torch.nn.Module)}
     return gm
@@ -67,8 +69,8 @@ def lockstep(gm: fx.GraphModule, ranks: Sequence[Sequence[Tensor]]) -> list[Any]
             given = [fx.node.map_arg((node.args, node.kwargs), env.__getitem__) for env in everyone]
             results = [node.target(*args, **kwargs) for args, kwargs in given]
         for env, result in zip(everyone, results, strict=True):
-            val = node.meta["val"]
-            assert (val.shape, val.dtype) == (result.shape, result.dtype), node.format_node()
+            for val, part in zip(tree_leaves(node.meta["val"]), tree_leaves(result), strict=True):
+                assert (val.shape, val.dtype) == (part.shape, part.dtype), node.format_node()
             env[node] = result
     raise AssertionError("a graph without an output")
 

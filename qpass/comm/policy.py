@@ -1,6 +1,6 @@
 """Policy: which collectives of a graph are sent compressed, and as what.
 
-Policy("int8")                                      every kind, from 64 KiB on
+Policy("int8")                                      every kind but all_to_all, from 64 KiB on
 Policy("int4:32:bf16:hadamard", kinds=("all_gather",), min_bytes=0)
 Policy("int8", link=calibrate_link(group))          what pays by the cost model
 """
@@ -19,6 +19,9 @@ from qpass.errors import ConfigError, InputError, near
 MIN_BYTES = 1 << 16
 """Bytes of the whole tensor from which a collective is compressed where no link was measured: below, latency rules."""
 
+EVERYWHERE_EQUAL = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
+"""Kinds whose tensors have one size on all ranks: torch itself demands it."""
+
 _SLOW = Link(bandwidth=1.0, latency=0.0, encode=1e30, decode=1e30)  # on it everything pays that sends fewer bytes
 
 
@@ -29,7 +32,8 @@ class Policy:
     Args:
         codec: what is sent, by name or as a `Codec`. Stochastic rounding is not for graphs: they hold one seed for
             every call.
-        kinds: the collectives that are compressed: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast.
+        kinds: the collectives that are compressed. To name ``"all_to_all"`` is to promise that, where one rank sends
+            equal parts, all do: a rank cannot see the parts of the others, and all must decide alike.
         min_bytes: size of the whole tensor (of an all_gather's output, else of its input) from which on it is.
         link: constants of the groups, from `calibrate_link`, equal on all ranks; then the cost model decides, too.
 
@@ -38,7 +42,7 @@ class Policy:
     """
 
     codec: Codec
-    kinds: tuple[str, ...] = tuple(FORMS)
+    kinds: tuple[str, ...] = EVERYWHERE_EQUAL
     min_bytes: int = MIN_BYTES
     link: Link | None = None
 

@@ -14,7 +14,7 @@ from qpass.passes.annotate import describe
 from qpass.passes.frame import Pass
 from qpass.patterns.reduce_scatter import SUMS
 from qpass.rewrite.coded import ENCODE, as_coded, decoded, encoded
-from qpass.rewrite.collective import Collective, as_collective, is_other_collective
+from qpass.rewrite.collective import EVEN_KEY, Collective, as_collective, is_other_collective
 from qpass.rewrite.rule import Refusal, require
 
 
@@ -65,6 +65,7 @@ class InsertCodecs(Pass):
         node.replace_input_with(collective.x, value)
         if collective.kind == "all_reduce" and shots(x.numel(), wire, world) == "two_shot":
             _round_sum(collective, self.policy, edit)
+        node.meta[EVEN_KEY] = True
         set_record(node, describe(node, "quantized").but(op=collective.kind, kernel=str(wire), asked=True))
         return 1
 

@@ -33,6 +33,9 @@ KINDS: dict[Any, str] = {
 WORLD_KEY = "qpass_world"
 """``meta`` key on a collective: how many ranks its group has, for a graph that names groups this process lacks."""
 
+EVEN_KEY = "qpass_even"
+"""``meta`` key on an all_to_all: the parts are promised to be equal on every rank, which no rank's graph can tell."""
+
 
 @dataclass(frozen=True)
 class Collective:

@@ -19,7 +19,7 @@ from qpass.rewrite.collective import KINDS
 from ranks import everywhere
 
 INT8 = comm.codec("int8")
-ALL = {"comm": comm.Policy("int8", min_bytes=0)}
+ALL = {"comm": comm.Policy("int8", tuple(comm.cost.FORMS), 0)}
 
 
 class Watch:

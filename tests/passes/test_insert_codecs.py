@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lockstep as send
 from lockstep import coded, lockstep, text, traced, value
-from qpass.comm.cost import Link
+from qpass.comm.cost import FORMS, Link
 from qpass.comm.policy import Policy
 from qpass.graph.record import NodeRecord, record_of
 from qpass.passes.insert_codecs import InsertCodecs
 from qpass.rewrite.collective import KINDS, WORLD_KEY, is_other_collective
 
-ALL = Policy("int8", min_bytes=0)
+ALL = Policy("int8", tuple(FORMS), 0)
 ROUND = ["encode = encode(x, int8:128:bf16)", "decode = decode(encode, 200, float32, int8:128:bf16)"]
 
 
@@ -37,12 +38,8 @@ def inserted(gm: fx.GraphModule, policy: Policy = ALL) -> NodeRecord:
 def test_what_is_sent_is_rounded_first() -> None:
     gm = traced(lambda x: send.all_gather(x) + 1, value(0, 4, 50))
     record = inserted(gm)
-    assert (record.op, record.outcome, record.kernel, record.asked) == (
-        "all_gather",
-        "quantized",
-        "int8:128:bf16",
-        True,
-    )
+    assert (record.op, record.outcome, record.kernel) == ("all_gather", "quantized", "int8:128:bf16")
+    assert record.asked
     assert (record.module, record.line) == ("block", "model.py:7: y = send(x)")
     assert text(gm) == [
         *ROUND,
@@ -116,6 +113,10 @@ DECLINED: list[tuple[Callable[[Tensor], Any], Tensor, Policy, str, bool]] = [
         "its result is read without being waited for, or more than once", True,
     ),
     (send.all_reduce, X, Policy("int8"), "800 bytes are fewer than the policy's min_bytes of 65,536", False),
+    (
+        send.all_to_all, X, Policy("int8", min_bytes=0),
+        "the policy names all_reduce, reduce_scatter, all_gather, broadcast only", False,
+    ),
     (send.all_gather, X, Policy("int8", kinds=("all_reduce",)), "the policy names all_reduce only", False),
     (
         send.all_reduce, X.bfloat16(), Policy("bf16", min_bytes=0),
@@ -140,6 +141,14 @@ def test_an_unknown_group_is_declined() -> None:
     for node in gm.graph.nodes:
         del node.meta[WORLD_KEY]
     assert inserted(gm).reason == "the number of ranks in its group is not known"
+
+
+def test_a_symbolic_size_is_declined() -> None:
+    gm = make_fx(lambda x: send.all_gather(x), tracing_mode="symbolic")(X)
+    assert InsertCodecs(ALL).run(gm) == 0
+    (record,) = (record_of(node) for node in gm.graph.nodes if node.target in KINDS)
+    assert record is not None
+    assert (record.reason, record.asked) == ("its size is symbolic", True)
 
 
 def test_a_measured_link_decides_and_says_its_numbers() -> None:

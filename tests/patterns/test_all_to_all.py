@@ -7,6 +7,7 @@ from lockstep import all_to_all, applied, coded, lockstep, text, traced, value
 from qpass.comm.policy import Policy
 from qpass.passes.insert_codecs import InsertCodecs
 from qpass.patterns.all_to_all import ExchangePayloads
+from qpass.rewrite.collective import EVEN_KEY
 
 
 def test_payloads_are_exchanged_instead_of_values() -> None:
@@ -38,7 +39,7 @@ def test_payloads_are_exchanged_instead_of_values() -> None:
 def test_bit_for_bit_also_where_parts_end_inside_a_row(row: int, form: str, dtype: torch.dtype, world: int) -> None:
     inputs = [(value(rank, world * 3, row, dtype=dtype),) for rank in range(world)]
     gm = traced(lambda x: all_to_all(x, world), *inputs[0], world=world)
-    assert InsertCodecs(Policy(form, min_bytes=0)).run(gm) == 1
+    assert InsertCodecs(Policy(form, "all_to_all", 0)).run(gm) == 1
     before = lockstep(gm, inputs)
     assert applied(gm, ExchangePayloads()).count == 1
     assert all(torch.equal(a, b) for a, b in zip(lockstep(gm, inputs), before, strict=True))
@@ -53,6 +54,10 @@ def test_near_misses_are_declined() -> None:
         return [why for _, _, why in done.refused]
 
     x = value(0, 4, 50)
+    unproven = traced(lambda x: all_to_all(coded(x)), value(0, 4, 128))
+    for node in unproven.graph.nodes:
+        del node.meta[EVEN_KEY]
+    assert reason(unproven) == ["nothing promises that its parts are equal on every rank"]
     assert reason(traced(all_to_all, x)) == ["the values that are sent were not decoded from a payload"]
     assert reason(traced(lambda x: all_to_all(coded(x), splits=[1, 3]), x)) == ["its parts are not equal"]
     assert reason(traced(lambda x: all_to_all(coded(x)), x)) == ["the payload does not come apart into 2 payloads"]
