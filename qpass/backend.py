@@ -55,18 +55,22 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         training = _is_training(example_inputs)
-        post_grad = [CompressCollectives(self.comm, self.strict, graphs=1 + training)] if self.comm else []
         if training or (self.config is None and not _has_qdq(gm)):
             log.info("compute is left in floating point")
-            return compile_plain(gm, example_inputs, post_grad, {**(EXACT if post_grad else {}), **dict(self.inductor)})
+            exact = EXACT if self.comm else {}
+            post_grad = self._post_grad(graphs=1 + training)
+            return compile_plain(gm, example_inputs, post_grad, {**exact, **dict(self.inductor)})
         captured = from_dynamo(gm, example_inputs)
         normalize(captured.graph_module)
         lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
         remember(lowered, (example_inputs[index] for index in captured.bindings.values()))
         return compile_lowered(
-            lowered, example_inputs, capture=captured, decompositions=table(), post_grad=post_grad,
+            lowered, example_inputs, capture=captured, decompositions=table(), post_grad=self._post_grad(notes=graph_record(lowered).notes),
             config_patches={**EXACT, **dict(self.inductor)},
         )
+
+    def _post_grad(self, graphs: int = 1, notes: list[str] | None = None) -> list[CompressCollectives]:
+        return [CompressCollectives(self.comm, self.strict, graphs, notes)] if self.comm is not None else []
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
         if _has_qdq(graph):

@@ -68,25 +68,31 @@ def collectives(gm: fx.GraphModule) -> list[NodeRecord]:
 class CompressCollectives(CustomGraphPass):
     """:func:`compress` in Inductor, once for each graph of a compilation: ``graphs`` of them, 2 in training.
 
-    Warns after the last one where none had a collective. ``decisions`` are those about all of them.
+    Warns of what the policy wants and the rules decline, and after the last graph where none had a collective. Every
+    decision is a line of the log, and of ``notes``, if given. A graph that Inductor's cache serves is not seen again.
     """
 
-    def __init__(self, comm: Policy, strict: bool = False, graphs: int = 1) -> None:
+    def __init__(self, comm: Policy, strict: bool = False, graphs: int = 1, notes: list[str] | None = None) -> None:
         self.policy = comm
         self.strict = strict
         self.remaining = graphs
-        self.decisions: list[NodeRecord] = []
+        self.notes = [] if notes is None else notes
+        self.seen = 0
 
     def __call__(self, graph: fx.Graph) -> None:
         gm = graph.owning_module
         assert gm is not None
         found = collectives(compress(gm, self.policy, strict=self.strict, expand=True))
-        for record in found:
-            place = record.module or record.line
-            log.info("%s %s: %s %s %s", place, record.op, record.outcome, record.kernel, record.reason)
-        self.decisions += found
+        said = [f"{r.op} of {r.module or r.line}: {r.kernel or 'sent plain'}: {r.reason}" for r in found]
+        for line in said:
+            log.info(line)
+        self.notes += said
+        missed = [line for line, record in zip(said, found, strict=True) if record.is_missed]
+        if missed:
+            warnings.warn("qpass left collectives uncompressed:\n  " + "\n  ".join(missed), stacklevel=2)
+        self.seen += len(found)
         self.remaining -= 1
-        if self.remaining == 0 and not self.decisions:
+        if self.remaining == 0 and not self.seen:
             warnings.warn(NONE, stacklevel=2)
 
     def uuid(self) -> str:

@@ -74,6 +74,18 @@ def test_a_compilation_without_collectives_names_the_hooks() -> None:
         inference(traced(send.all_reduce, value(0, 4)).graph)
 
 
+def test_a_compilation_warns_of_what_was_wanted_and_not_done() -> None:
+    notes: list[str] = []
+    missed = "all_reduce of block: sent plain: a max cannot be taken over payloads"
+    with pytest.warns(UserWarning, match=f"qpass left collectives uncompressed:\n  {missed}$"):
+        CompressCollectives(ALL, notes=notes)(traced(mixed, value(0, 4, 50)).graph)
+    assert notes == [
+        "all_reduce of block: all_gather of int8:128:bf16, summed: 800 -> 260 bytes",
+        missed,
+        "all_gather of block: sent plain: values of int64 travel as they are",
+    ]
+
+
 def test_the_backend_says_so_too() -> None:
     compiled = torch.compile(nn.Linear(4, 4).requires_grad_(False), backend="qpass", options={"comm": "int8"})
     with pytest.warns(UserWarning, match="no collective"):
