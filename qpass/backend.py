@@ -64,8 +64,9 @@ class Backend:
         normalize(captured.graph_module)
         lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
         remember(lowered, (example_inputs[index] for index in captured.bindings.values()))
+        post_grad = self._post_grad(notes=graph_record(lowered).notes)
         return compile_lowered(
-            lowered, example_inputs, capture=captured, decompositions=table(), post_grad=self._post_grad(notes=graph_record(lowered).notes),
+            lowered, example_inputs, capture=captured, decompositions=table(), post_grad=post_grad,
             config_patches={**EXACT, **dict(self.inductor)},
         )
 
