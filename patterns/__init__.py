@@ -25,6 +25,7 @@ from qpass.patterns.matmul import Matmul
 from qpass.patterns.normalization import KEPT as _NORMALIZATION
 from qpass.patterns.pooling import AvgPool
 from qpass.patterns.reduce_scatter import ReduceScatterPayloads
+from qpass.rewrite.collective import KINDS, WAIT
 from qpass.rewrite.island import Island
 from qpass.rewrite.rule import Rule
 
@@ -40,7 +41,9 @@ COLLECTIVES: tuple[tuple[Rule, ...], ...] = (
 )  # fmt: skip
 """What is sent as payloads, walk after walk: an all_reduce goes in two shots where it may, else in one."""
 
-KEPT_IN_FLOAT: dict[object, str] = {**_ATTENTION, **_ELEMENTWISE, **_NORMALIZATION}
+_COMMUNICATION = dict.fromkeys((*KINDS, WAIT), "what it sends is decided after all else: the notes say how")
+
+KEPT_IN_FLOAT: dict[object, str] = {**_COMMUNICATION, **_ATTENTION, **_ELEMENTWISE, **_NORMALIZATION}
 """Operators that are left in floating point on purpose, each with its reason."""
 
 __all__ = [

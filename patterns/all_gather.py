@@ -11,7 +11,7 @@ from torch import fx
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
 from qpass.rewrite.coded import decoded
-from qpass.rewrite.collective import c10d, ops
+from qpass.rewrite.collective import WAIT, c10d, ops
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule, require
@@ -63,7 +63,7 @@ class CastBeforeGather(Rule):
         require(m.dtype is not torch.bool and x.dim() > 0, "truth values and single numbers are left as they are")
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
-        (wait,) = (node for node in m.nodes if node.target is ops.wait_tensor.default)
+        (wait,) = (node for node in m.nodes if node.target is WAIT)
         collective = issued_by(wait)
         issue, as_bytes = collective.node, m.dtype not in TRAVEL
         place = {"like": m.root, "before": issue}

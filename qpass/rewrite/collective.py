@@ -30,6 +30,8 @@ KINDS: dict[Any, str] = {
 }
 """Operator -> the kind of collective, as `qpass.comm` names it."""
 
+WAIT = ops.wait_tensor.default
+
 WORLD_KEY = "qpass_world"
 """``meta`` key on a collective: how many ranks its group has, for a graph that names groups this process lacks."""
 
@@ -56,7 +58,7 @@ class Collective:
     def wait(self) -> fx.Node | None:
         """The node that waits for the result, when it is the result's only reader."""
         users = list(self.node.users)
-        return users[0] if len(users) == 1 and users[0].target is ops.wait_tensor.default else None
+        return users[0] if len(users) == 1 and users[0].target is WAIT else None
 
     @property
     def is_even(self) -> bool:

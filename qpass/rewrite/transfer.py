@@ -12,7 +12,7 @@ from torch import fx
 from qpass.graph.edit import Editor
 from qpass.graph.record import NodeRecord, record_of, set_record
 from qpass.rewrite.coded import Coded, as_coded
-from qpass.rewrite.collective import Collective, as_collective, ops
+from qpass.rewrite.collective import WAIT, Collective, as_collective
 from qpass.rewrite.rule import require
 
 
@@ -54,7 +54,7 @@ def send(edit: Editor, collective: Collective, payload: fx.Node, how: str, targe
 
 def wait_for(edit: Editor, issue: fx.Node, *, like: fx.Node, before: fx.Node) -> fx.Node:
     """Wait for a transfer at the place of ``before``."""
-    return edit.call(ops.wait_tensor.default, issue, like=like, before=before)
+    return edit.call(WAIT, issue, like=like, before=before)
 
 
 def even(payload: fx.Node, world: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What runs on each of 2 ranks: programs compiled with compressed collectives, held against the same by hand."""
+"""What runs on each rank: programs compiled with compressed collectives, held against the same by hand."""
 
 from __future__ import annotations
 
@@ -149,3 +149,31 @@ def sharded_training(rank: int, world: int) -> None:
     gradient = torch.empty_like(shard)
     comm.reduce_scatter(gradient, x.t() @ (2 * y), codec=INT8)
     assert torch.equal(shard.grad, gradient)
+
+
+def many_ranks(rank: int, world: int) -> None:
+    """A sum over all in two shots, and one over a group of some in one, with ranks that are not in that group."""
+    comm.schedule.ONE_SHOT_BYTES = 0  # so that small tensors, too, go in two shots
+    some = dist.new_group([1, 3])
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = x * 2, x * 3
+        dist.all_reduce(a)
+        if rank in (1, 3):
+            dist.all_reduce(b, group=some)
+        return a, b
+
+    x = value(rank, 9, 77)
+    with Watch() as watch:
+        a, b = torch.compile(function, backend="qpass", options=ALL)(x)
+    inside = rank in (1, 3)
+    assert watch.before == [{"all_reduce float32": 1 + inside}]
+    assert watch.after == [{"all_to_all uint8": 1, "all_gather uint8": 1 + inside}]
+    expected = x * 2
+    comm.all_reduce(expected, codec=INT8, schedule="two_shot")
+    assert torch.equal(a, expected)
+    assert all(torch.equal(other, everywhere(a)[0]) for other in everywhere(a))
+    expected = x * 3
+    if inside:
+        comm.all_reduce(expected, group=some, codec=INT8)
+    assert torch.equal(b, expected)
