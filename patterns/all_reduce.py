@@ -61,6 +61,7 @@ class AllReduceTwoShot(Rule):
         require(m.op in SUMS, f"a {m.op} cannot be taken over payloads")
         coded = payload_of(collective, 1)
         world_of(collective)
+        require(not coded.wire.stochastic, "every rank would round its part of the sum with the same random numbers")
         require(str(coded.wire) == m.form, f"the sum is rounded as {m.form} and its terms as {coded.wire}")
         require(
             not coded.wire.hadamard or coded.numel % coded.wire.row == 0,

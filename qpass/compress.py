@@ -46,7 +46,8 @@ def compress(
     Raises:
         StrictError: ``strict``, and a collective that the policy wants compressed cannot be.
     """
-    steps: list[Pass] = [InsertCodecs(policy(comm)), LowerCollectives()]
+    # What others rounded or cast is sent narrow first, so that nothing is rounded twice on its way.
+    steps: list[Pass] = [LowerCollectives(), InsertCodecs(policy(comm)), LowerCollectives()]
     for step in [*steps, *([ExpandCodecs()] if expand else [])]:
         if step.run(gm):
             gm.graph.eliminate_dead_code()

@@ -48,6 +48,22 @@ def test_every_collective_is_accounted_for() -> None:
     ]
 
 
+def test_what_is_cast_after_the_gather_is_not_rounded_before_it() -> None:
+    def gathered(dtype: torch.dtype) -> Any:
+        return lambda x: torch.ops.prims.convert_element_type(send.all_gather(x), dtype)
+
+    inputs = [(value(rank, 4, 64),) for rank in range(2)]
+    gm = traced(gathered(torch.float8_e4m3fn), *inputs[0])
+    before = lockstep(gm, inputs)
+    compress(gm, ALL)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(lockstep(gm, inputs), before, strict=True))
+    assert [record.reason for record in collectives(gm)] == ["1,024 -> 256 bytes"]
+    gm = compress(traced(gathered(torch.bfloat16), *inputs[0]), ALL)
+    assert [record.reason for record in collectives(gm)] == ["512 -> 260 bytes"]  # of bfloat16
+    gm = compress(traced(gathered(torch.bfloat16), *inputs[0]), "int8")
+    assert [record.reason for record in collectives(gm)] == ["1,024 -> 512 bytes"]  # too small to be int8
+
+
 def test_strict_raises_for_what_was_wanted_and_not_done() -> None:
     with pytest.raises(StrictError) as raised:
         compress(traced(mixed, value(0, 4, 50)), ALL, strict=True)

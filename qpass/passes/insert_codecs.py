@@ -16,6 +16,7 @@ from qpass.patterns.reduce_scatter import SUMS
 from qpass.rewrite.coded import ENCODE, as_coded, decoded, encoded
 from qpass.rewrite.collective import EVEN_KEY, Collective, as_collective, is_other_collective
 from qpass.rewrite.rule import Refusal, require
+from qpass.rewrite.transfer import world_of
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,6 @@ class InsertCodecs(Pass):
         edit = Editor(gm, self.name)
         count = 0
         for node in list(gm.graph.nodes):
-            if record_of(node) is not None:
-                continue
             collective = as_collective(node)
             if collective is not None:
                 count += self._visit(collective, edit)
@@ -46,17 +45,21 @@ class InsertCodecs(Pass):
         if as_coded(collective.x) is not None or collective.x.target is ENCODE:  # decided by somebody else
             return 0
         if not x.dtype.is_floating_point:
-            return _leave(node, f"values of {str(x.dtype).removeprefix('torch.')} travel as they are", asked=False)
+            return (
+                0
+                if record_of(node)
+                else _leave(node, f"values of {str(x.dtype).removeprefix('torch.')} travel as they are", asked=False)
+            )
         try:
+            require(all(isinstance(size, int) for size in x.shape), "its size is symbolic")
+            world = world_of(collective)
+            numel = x.numel() * (world if collective.kind == "all_gather" else 1)
+            decision = self.policy.decide(collective.kind, numel, x.dtype, world)
+            if not decision:
+                return _leave(node, decision.reason, asked=False)
             _check(collective)
         except Refusal as refusal:
             return _leave(node, refusal.reason, asked=collective.kind in self.policy.kinds)
-        world = collective.world
-        assert world is not None
-        numel = x.numel() * (world if collective.kind == "all_gather" else 1)
-        decision = self.policy.decide(collective.kind, numel, x.dtype, world)
-        if not decision:
-            return _leave(node, decision.reason, asked=False)
         wire = self.policy.codec
         parts = world if collective.kind in ("all_to_all", "reduce_scatter") else 1
         place = {"like": node, "before": node}
@@ -73,9 +76,6 @@ class InsertCodecs(Pass):
 def _check(collective: Collective) -> None:
     """Refuse what no rule of the catalogue sends as payloads."""
     require(collective.wait is not None, "its result is read without being waited for, or more than once")
-    require(collective.world is not None, "the number of ranks in its group is not known")
-    x = collective.x.meta["val"]
-    require(all(isinstance(size, int) for size in x.shape), "its size is symbolic")
     if collective.kind in ("all_reduce", "reduce_scatter"):
         require(collective.op in SUMS, f"a {collective.op} cannot be taken over payloads")
     require(collective.is_even, "its parts are not equal")
@@ -93,7 +93,9 @@ def _round_sum(collective: Collective, policy: Policy, edit: Editor) -> None:
 
 
 def _leave(node: fx.Node, reason: str, asked: bool) -> int:
-    found = as_collective(node)
+    known, found = record_of(node), as_collective(node)
+    if known is not None and known.outcome == "lowered":  # narrowed by a rule, which is worth more to know
+        return 0
     record = describe(node, "float", reason=reason).but(asked=asked)
     set_record(node, record.but(op=found.kind) if found is not None else record)
     return 0

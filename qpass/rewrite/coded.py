@@ -22,6 +22,7 @@ from torch import fx
 import qpass.ops.comm  # noqa: F401  (registers the operators)
 from qpass.graph.edit import Editor
 from qpass.ops.wire_format import WireFormat, parse
+from qpass.rewrite.match import normalized
 
 aten, wire_ops = torch.ops.aten, torch.ops.qpass
 
@@ -51,19 +52,16 @@ class Coded:
 
 def as_coded(node: Any) -> Coded | None:
     """The reading of a decoded value of a known size, or None for any other node."""
-    value = node
-    part = None
-    while isinstance(value, fx.Node) and value.target in (*_MOVES, aten.slice.Tensor):
-        if value.target is aten.slice.Tensor:
-            if part is not None or value.args[1:3] != (1, 0):
-                return None
-            part = value.args[3]
-        value = value.args[0]
+    value = _unmoved(node)
+    cut = value if isinstance(value, fx.Node) and value.target is aten.slice.Tensor else None
+    if cut is not None:
+        value = _unmoved(cut.args[0])
     if not isinstance(value, fx.Node) or value.target is not DECODE or not isinstance(value.args[1], int):
         return None
     payload, _, _, form = value.args
-    numel = math.prod(node.meta["val"].shape)
-    return Coded(payload, parse(form), numel, numel if part is None else part)  # type: ignore[arg-type]
+    wire, numel = parse(str(form)), math.prod(node.meta["val"].shape)
+    part = numel if cut is None else _kept(cut, wire)
+    return None if part is None else Coded(payload, wire, numel, part)  # type: ignore[arg-type]
 
 
 def encoded(edit: Editor, x: fx.Node, wire: WireFormat, parts: int, *, like: fx.Node, before: fx.Node) -> fx.Node:
@@ -99,6 +97,20 @@ def reduced(
     numel, divisor = math.prod(shape), parts if average else 1
     total = edit.call(DECODE_REDUCE, rows, numel, dtype, str(wire), divisor, like=like, before=before)
     return _shaped(edit, total, tuple(shape), like, before)
+
+
+def _unmoved(node: Any) -> Any:
+    while isinstance(node, fx.Node) and node.target in _MOVES:
+        node = node.args[0]
+    return node
+
+
+def _kept(cut: fx.Node, wire: WireFormat) -> int | None:
+    """The elements of each part where a slice takes the padding off whole rows, as `decoded` does; else None."""
+    given = normalized(cut)
+    whole, part = given["self"].meta["val"].shape, given["end"]
+    is_padding_off = (given["dim"], given["start"], given["step"]) == (1, 0, 1) and len(whole) == 2
+    return part if is_padding_off and isinstance(part, int) and whole[1] == wire.rows(part) * wire.row else None
 
 
 def _shaped(edit: Editor, x: fx.Node, shape: tuple[int, ...], like: fx.Node, before: fx.Node) -> fx.Node:

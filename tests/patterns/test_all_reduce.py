@@ -119,5 +119,9 @@ def test_near_misses_are_declined() -> None:
     assert reason(traced(lambda x: coded(all_reduce(coded(x, rotated)), rotated), x), AllReduceTwoShot()) == [
         "the last row is not full, and rotating it would mix its padding into the values"
     ]
+    random = "int8:128:bf16:stochastic"
+    assert reason(traced(lambda x: coded(all_reduce(coded(x, random)), random), x), AllReduceTwoShot()) == [
+        "every rank would round its part of the sum with the same random numbers"
+    ]
     twice = traced(lambda x: (lambda y: coded(y) + y)(all_reduce(coded(x))), x)
     assert reason(twice, AllReduceTwoShot()) == []  # the sum is read as it is, too: no match

@@ -60,4 +60,7 @@ def test_near_misses_are_declined() -> None:
     assert reason(unproven) == ["nothing promises that its parts are equal on every rank"]
     assert reason(traced(all_to_all, x)) == ["the values that are sent were not decoded from a payload"]
     assert reason(traced(lambda x: all_to_all(coded(x), splits=[1, 3]), x)) == ["its parts are not equal"]
+    # Four rows of 64 of which 32 are kept: two rows of the payload, and no four payloads.
+    kept = traced(lambda x: all_to_all(coded(x)[:, :32], 4), value(0, 4, 64), world=4)
+    assert reason(kept) == ["the values that are sent were not decoded from a payload"]
     assert reason(traced(lambda x: all_to_all(coded(x)), x)) == ["the payload does not come apart into 2 payloads"]
