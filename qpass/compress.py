@@ -81,8 +81,11 @@ class CompressCollectives(CustomGraphPass):
         self.seen = 0
 
     def __call__(self, graph: fx.Graph) -> None:
+        from torch._inductor.pattern_matcher import stable_topological_sort  # takes a second to import
+
         gm = graph.owning_module
         assert gm is not None
+        stable_topological_sort(graph)  # Inductor's fusion of DDP's collectives leaves that to what comes after
         found = collectives(compress(gm, self.policy, strict=self.strict, expand=True))
         said = [f"{r.op} of {r.module or r.line}: {r.kernel or 'sent plain'}: {r.reason}" for r in found]
         for line in said:

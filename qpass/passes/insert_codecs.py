@@ -45,11 +45,9 @@ class InsertCodecs(Pass):
         if as_coded(collective.x) is not None or collective.x.target is ENCODE:  # decided by somebody else
             return 0
         if not x.dtype.is_floating_point:
-            return (
-                0
-                if record_of(node)
-                else _leave(node, f"values of {str(x.dtype).removeprefix('torch.')} travel as they are", asked=False)
-            )
+            narrowed = record_of(node) is not None  # by a rule
+            reason = f"values of {str(x.dtype).removeprefix('torch.')} travel as they are"
+            return 0 if narrowed else _leave(node, reason, asked=False)
         try:
             require(all(isinstance(size, int) for size in x.shape), "its size is symbolic")
             world = world_of(collective)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -149,6 +150,32 @@ def sharded_training(rank: int, world: int) -> None:
     gradient = torch.empty_like(shard)
     comm.reduce_scatter(gradient, x.t() @ (2 * y), codec=INT8)
     assert torch.equal(shard.grad, gradient)
+
+
+def ddp_under_compiled_autograd(rank: int, world: int) -> None:
+    """The one way in which DDP's gradients are summed in a graph: all of them, in one bucket that Inductor made."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 32)
+    x = value(rank, 8, 64)
+    config = torch._dynamo.config.patch(optimize_ddp="python_reducer", compiled_autograd=True)
+    with Watch() as watch, config, warnings.catch_warnings(record=True) as warned:
+        ddp = nn.parallel.DistributedDataParallel(model)
+        torch.compile(lambda: ddp(x).square().sum().backward(), backend="qpass", options=ALL)()
+    assert not [str(warning.message) for warning in warned if "collective" in str(warning.message)]
+    assert sum(watch.before, Counter()) == {"all_reduce float32": 1}
+    assert sum(watch.after, Counter()) == {"all_gather uint8": 1}
+    (record,) = watch.decisions
+    assert record.reason == "8,320 -> 2,210 bytes"  # 2,080 float32 are 17 rows of 130 bytes
+    found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    y = 2 * model(x).detach()
+    expected = torch.cat([(y.t() @ x).flatten(), y.sum(0)]) / world
+    bound = INT8.error_bound(expected).float()
+    dist.all_reduce(bound)
+    dist.all_reduce(expected)
+    error = (found - expected).abs()
+    assert (error <= bound + 1e-4).all()  # float32 sums of 8 products in another order
+    assert error.max() > 1e-4  # it did travel as int8
+    assert all(torch.equal(other, everywhere(found)[0]) for other in everywhere(found))
 
 
 def many_ranks(rank: int, world: int) -> None:
