@@ -13,14 +13,17 @@ from torch import fx
 
 from qpass import presets
 from qpass.capture_dynamo import from_dynamo
+from qpass.comm.codec import Codec
+from qpass.comm.policy import Policy, policy
 from qpass.compiled import remember
+from qpass.compress import CompressCollectives
 from qpass.config import Config
 from qpass.errors import ConfigError, QpassError, StrictError, near
 from qpass.graph.constants import Constants
 from qpass.graph.normalize import normalize
 from qpass.graph.record import graph_record, record_of, set_record
 from qpass.graph.regions import regions
-from qpass.inductor import compile_lowered
+from qpass.inductor import compile_lowered, compile_plain
 from qpass.lower import lower_graph
 from qpass.ops.decompositions import table
 from qpass.passes.annotate import uncovered
@@ -39,34 +42,41 @@ class Backend:
     """A backend for ``torch.compile``; equal settings compare equal, so they do not recompile.
 
     A converted model is lowered. A float model without gradients is quantized by ``config``, which must not need
-    calibration. A float model in training is compiled as it is. ``inductor`` are options for Inductor's own
-    configuration, applied to this compilation alone.
+    calibration. A float model in training, or without a config, is compiled as it is. ``inductor`` are options for
+    Inductor's own configuration, applied to this compilation alone. ``comm`` says which collectives are compressed, in
+    the forward graph and in the backward one.
     """
 
-    config: Config
+    config: Config | None
     target: str = "x86"
     strict: bool = False
     inductor: tuple[tuple[str, Any], ...] = ()
+    comm: Policy | None = None
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        if _is_training(example_inputs):
-            log.info("compiled for training: compute is left in floating point")
-            from torch._inductor.compile_fx import compile_fx
-
-            compiled: Any = compile_fx(gm, list(example_inputs), config_patches=dict(self.inductor))
-            return compiled
+        training = _is_training(example_inputs)
+        if training or (self.config is None and not _has_qdq(gm)):
+            log.info("compute is left in floating point")
+            exact = EXACT if self.comm else {}
+            post_grad = self._post_grad(graphs=1 + training)
+            return compile_plain(gm, example_inputs, post_grad, {**exact, **dict(self.inductor)})
         captured = from_dynamo(gm, example_inputs)
         normalize(captured.graph_module)
         lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
         remember(lowered, (example_inputs[index] for index in captured.bindings.values()))
+        post_grad = self._post_grad(notes=graph_record(lowered).notes)
         return compile_lowered(
-            lowered, example_inputs, capture=captured, decompositions=table(),
+            lowered, example_inputs, capture=captured, decompositions=table(), post_grad=post_grad,
             config_patches={**EXACT, **dict(self.inductor)},
         )
+
+    def _post_grad(self, graphs: int = 1, notes: list[str] | None = None) -> list[CompressCollectives]:
+        return [CompressCollectives(self.comm, self.strict, graphs, notes)] if self.comm is not None else []
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
         if _has_qdq(graph):
             return accounted(graph, self.target)
+        assert self.config is not None
         if needs_calibration(self.config):
             raise ConfigError(
                 "a static configuration needs calibration, and a float model was given to the backend",
@@ -83,20 +93,25 @@ class Backend:
 
 def backend(
     config: Config | str | None = None, *, target: str = "x86", strict: bool = False,
-    inductor: Mapping[str, Any] | None = None,
+    inductor: Mapping[str, Any] | None = None, comm: str | Codec | Policy | None = None,
 ) -> Backend:
     """A checked backend: ``torch.compile(model, backend=qpass.backend("int8_dynamic"))``.
 
+    ``comm`` is the codec of the collectives, or a :class:`qpass.comm.Policy`. A float model without ``config`` is
+    quantized by ``int8_dynamic``; where ``comm`` is given, only its collectives are compressed.
+
     Raises:
-        ConfigError: an unknown preset or Inductor option.
+        ConfigError: an unknown preset, codec or Inductor option.
     """
-    chosen = presets.get(presets.int8_dynamic() if config is None else config)
+    if config is None and comm is None:
+        config = presets.int8_dynamic()
+    chosen = presets.get(config) if config is not None else None
     options = dict(inductor or {})
     known = torch._inductor.config.get_config_copy()
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown Inductor option {name!r}{near(name, known)}", hint="see torch._inductor.config")
-    return Backend(chosen, target, strict, tuple(sorted(options.items())))
+    return Backend(chosen, target, strict, tuple(sorted(options.items())), policy(comm) if comm is not None else None)
 
 
 def qpass_backend(

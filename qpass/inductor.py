@@ -84,6 +84,19 @@ def compile_lowered(
     return lowered
 
 
+def compile_plain(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    post_grad: Sequence[CustomGraphPass],
+    config_patches: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """Compile a graph as Dynamo gave it, for inference or training; the rest is as in `compile_lowered`."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches={**config_patches, **_after(post_grad)})
+    return compiled
+
+
 def _lift(gm: fx.GraphModule, first: Callable[[Tensor], bool]) -> list[Tensor]:
     """Turn the tensors that the graph and its regions read into inputs, each once; the tensors in input order.
 
@@ -154,11 +167,15 @@ def _context(mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
 
 
 def _patches(packed: Sequence[Tensor], post_grad: Sequence[CustomGraphPass]) -> dict[str, Any]:
-    patches: dict[str, Any] = {"freezing": False}  # would take the arguments for constants
-    if post_grad:
-        configured = inductor_config.post_grad_custom_post_pass or ()
-        first = configured if isinstance(configured, (list, tuple)) else (configured,)
-        patches["post_grad_custom_post_pass"] = [*first, *post_grad]
+    patches = {"freezing": False, **_after(post_grad)}  # freezing would take the arguments for constants
     if packed:  # the cache's key does not hold the constants: another model's weights would be served
         patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     return patches
+
+
+def _after(post_grad: Sequence[CustomGraphPass]) -> dict[str, Any]:
+    if not post_grad:
+        return {}
+    configured = inductor_config.post_grad_custom_post_pass or ()
+    first = configured if isinstance(configured, (list, tuple)) else (configured,)
+    return {"post_grad_custom_post_pass": [*first, *post_grad]}

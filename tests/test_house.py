@@ -27,10 +27,10 @@ FLOORS = (
     ("graph",),
     ("rewrite",),
     ("targets", "patterns"),
-    ("passes", "comm"),
+    ("comm", "passes"),
     (
-        "pipeline", "opaque", "capture_errors", "capture_dynamo", "example_inputs", "capture", "capture_training",
-        "watch", "refresh", "compiled", "inductor", "stages", "lower",
+        "compress", "pipeline", "opaque", "capture_errors", "capture_dynamo", "example_inputs", "capture",
+        "capture_training", "watch", "refresh", "compiled", "inductor", "stages", "lower",
     ),
     ("inspect",),
     ("api", "io", "backend", "compat"),

@@ -69,6 +69,17 @@ class Editor:
             self._constants[form] = fake_constant(value, fake_mode_of(self.graph))
         return self._finish(node, like, self._constants[form])
 
+    def splice(self, body: fx.Graph, inputs: Iterable[fx.Node], *, like: fx.Node, before: fx.Node) -> fx.Node:
+        """Insert the nodes of ``body``, a graph of operators with one result, with ``inputs`` for its placeholders."""
+        copies = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
+        with self.graph.inserting_before(before):
+            for node in body.nodes:
+                if node.op == "call_function":
+                    copies[node] = self.graph.node_copy(node, lambda n: copies[n])
+                    copies[node].meta = {}
+                    self._finish(copies[node], like, node.meta["val"])
+        return copies[body.output_node().args[0]]
+
     def _finish(self, node: fx.Node, like: fx.Node, val: Any) -> fx.Node:
         for key in INHERITED:
             if key in like.meta:

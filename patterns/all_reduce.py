@@ -1,0 +1,90 @@
+"""A sum for all ranks, over payloads: in one transfer, or in two that send less where there are many ranks.
+
+A sum that is rounded again, ``encode(wait(all_reduce(decode(p))))``, is licence for the second transfer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpass.graph.constants import Constants
+from qpass.graph.edit import Editor
+from qpass.patterns.reduce_scatter import SUMS
+from qpass.rewrite.coded import ENCODE, reduced
+from qpass.rewrite.collective import c10d, ops
+from qpass.rewrite.expression import Expr
+from qpass.rewrite.match import Match
+from qpass.rewrite.rule import Rule, require
+from qpass.rewrite.transfer import even, issued_by, payload_of, send, wait_for, world_of
+
+aten = torch.ops.aten
+
+
+class AllReduceOneShot(Rule):
+    """wait(all_reduce(decode(p)))  ->  decode_reduce(wait(all_gather(p)))
+
+    Exact but for the order of summation, which here is that of the ranks, and for its dtype, which here is float32.
+    """
+
+    def pattern(self, x: Any, op: Any, group: Any) -> Expr:  # type: ignore[override]
+        return c10d.wait_tensor(c10d.all_reduce(x, op, group))
+
+    def check(self, m: Match, constants: Constants) -> None:
+        require(m.op in SUMS, f"a {m.op} cannot be taken over payloads")
+        payload_of(issued_by(m.root), 1)
+        world_of(issued_by(m.root))
+
+    def rewrite(self, m: Match, edit: Editor) -> fx.Node:
+        collective = issued_by(m.root)
+        world, val, place = world_of(collective), m.root.meta["val"], {"like": m.root, "before": m.root}
+        coded = payload_of(collective, 1)
+        how = f"all_gather of {coded.wire}, summed"
+        issue = send(edit, collective, coded.payload, how, ops.all_gather_into_tensor.default, world)
+        payloads = wait_for(edit, issue, **place)
+        return reduced(edit, payloads, coded.wire, world, val.shape, val.dtype, m.op == "avg", **place)
+
+
+class AllReduceTwoShot(Rule):
+    """encode(wait(all_reduce(decode(p))))  ->  wait(all_gather(encode(decode_reduce(wait(all_to_all(p))))))
+
+    Each rank sums as many rows as any other, zeros behind the last of them. Exact as the one-shot form is.
+    """
+
+    def pattern(self, x: Any, op: Any, group: Any, form: Any, seed: Any) -> Expr:  # type: ignore[override]
+        return Expr(ENCODE, (c10d.wait_tensor(c10d.all_reduce(x, op, group)), form, seed), {})
+
+    def check(self, m: Match, constants: Constants) -> None:
+        collective = issued_by(m.nodes[-2])
+        require(m.op in SUMS, f"a {m.op} cannot be taken over payloads")
+        coded = payload_of(collective, 1)
+        world_of(collective)
+        require(not coded.wire.stochastic, "every rank would round its part of the sum with the same random numbers")
+        require(str(coded.wire) == m.form, f"the sum is rounded as {m.form} and its terms as {coded.wire}")
+        require(
+            not coded.wire.hadamard or coded.numel % coded.wire.row == 0,
+            "the last row is not full, and rotating it would mix its padding into the values",
+        )
+
+    def rewrite(self, m: Match, edit: Editor) -> fx.Node:
+        wait = m.nodes[-2]
+        collective = issued_by(wait)
+        world, coded = world_of(collective), payload_of(collective, 1)
+        wire, group = coded.wire, collective.group
+        rows = -(-wire.rows(coded.numel) // world)
+        size = coded.payload.meta["val"].numel()
+        sent = coded.payload
+        if padding := world * rows * wire.width - size:
+            sent = edit.call(aten.constant_pad_nd.default, sent, [0, padding], like=wait, before=collective.node)
+        splits, how = even(sent, world), f"all_to_all of {wire}, summed, all_gather"
+        issue = send(edit, collective, sent, how, ops.all_to_all_single.default, splits, splits)
+        place = {"like": wait, "before": m.root}
+        parts = wait_for(edit, issue, like=wait, before=wait)
+        own = (rows * wire.row,)
+        total = reduced(edit, parts, wire, world, own, torch.float32, m.op == "avg", **place)
+        payload = edit.call(ENCODE, total, m.form, **place)
+        gathered = edit.call(ops.all_gather_into_tensor.default, payload, world, group, **place)
+        payloads = wait_for(edit, gathered, **place)
+        return edit.call(aten.slice.Tensor, payloads, 0, 0, size, **place) if padding else payloads

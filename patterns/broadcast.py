@@ -1,0 +1,36 @@
+"""One rank's tensor for all: its payload instead of its values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from qpass.graph.constants import Constants
+from qpass.graph.edit import Editor
+from qpass.rewrite.coded import decoded
+from qpass.rewrite.collective import c10d, ops
+from qpass.rewrite.expression import Expr
+from qpass.rewrite.match import Match
+from qpass.rewrite.rule import Rule
+from qpass.rewrite.transfer import issued_by, payload_of, send, wait_for
+
+
+class BroadcastPayload(Rule):
+    """wait(broadcast(decode(p)))  ->  decode(wait(broadcast(p)))
+
+    Exact: a payload holds its own scales.
+    """
+
+    def pattern(self, x: Any, src: Any, group: Any) -> Expr:  # type: ignore[override]
+        return c10d.wait_tensor(c10d.broadcast(x, src, group))
+
+    def check(self, m: Match, constants: Constants) -> None:
+        payload_of(issued_by(m.root), 1)
+
+    def rewrite(self, m: Match, edit: Editor) -> fx.Node:
+        collective = issued_by(m.root)
+        coded, val, place = payload_of(collective, 1), m.root.meta["val"], {"like": m.root, "before": m.root}
+        issue = send(edit, collective, coded.payload, f"broadcast of {coded.wire}", ops.broadcast.default, m.src)
+        payload = wait_for(edit, issue, **place)
+        return decoded(edit, payload, coded.wire, 1, val.shape, val.dtype, **place)

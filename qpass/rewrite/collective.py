@@ -1,0 +1,103 @@
+"""Reading functional collectives: what a node of a graph moves, between how many ranks, and where it is waited for.
+
+issue = _c10d_functional.all_gather_into_tensor(x, 2, "0")     starts the transfer
+wait  = _c10d_functional.wait_tensor(issue)                    its result; what stands between overlaps with it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives  # registers what the operators return for fake tensors
+from torch import fx
+
+from qpass.rewrite.expression import operators
+from qpass.rewrite.match import normalized
+
+c10d = operators("_c10d_functional")
+"""Functional collectives as expressions."""
+
+ops = torch.ops._c10d_functional
+
+KINDS: dict[Any, str] = {
+    ops.all_gather_into_tensor.default: "all_gather",
+    ops.all_reduce.default: "all_reduce",
+    ops.all_to_all_single.default: "all_to_all",
+    ops.broadcast.default: "broadcast",
+    ops.reduce_scatter_tensor.default: "reduce_scatter",
+}
+"""Operator -> the kind of collective, as `qpass.comm` names it."""
+
+WAIT = ops.wait_tensor.default
+
+WORLD_KEY = "qpass_world"
+"""``meta`` key on a collective: how many ranks its group has, for a graph that names groups this process lacks."""
+
+EVEN_KEY = "qpass_even"
+"""``meta`` key on an all_to_all: the parts are promised to be equal on every rank, which no rank's graph can tell."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective that sends one tensor.
+
+    ``x`` is the tensor sent; ``op`` the reduction, ``""`` where there is none; ``group`` a name or whatever else the
+    graph holds; ``world`` the number of ranks, None where nothing tells it.
+    """
+
+    node: fx.Node
+    kind: str
+    x: fx.Node
+    op: str
+    group: Any
+    world: int | None
+
+    @property
+    def wait(self) -> fx.Node | None:
+        """The node that waits for the result, when it is the result's only reader."""
+        users = list(self.node.users)
+        return users[0] if len(users) == 1 and users[0].target is WAIT else None
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every rank sends as much to every other as it gets; False only for an all_to_all."""
+        if self.kind != "all_to_all":
+            return True
+        given = normalized(self.node)
+        return len({*given["output_split_sizes"], *given["input_split_sizes"]}) == 1
+
+
+def as_collective(node: Any) -> Collective | None:
+    """The reading of a collective of one of `KINDS`, or None for any other node."""
+    kind = KINDS.get(node.target) if isinstance(node, fx.Node) and node.op == "call_function" else None
+    if kind is None:
+        return None
+    given = normalized(node)
+    return Collective(node, kind, given["input"], given.get("reduce_op", ""), given["group_name"], _world(node, given))
+
+
+def is_other_collective(node: fx.Node) -> bool:
+    """Whether a node communicates in a form that `as_collective` does not read: coalesced, in place, into an output."""
+    namespace = getattr(node.target, "namespace", "") if node.op == "call_function" else ""
+    if namespace not in ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional"):
+        return False
+    name = node.target._schema.name  # type: ignore[union-attr]
+    return node.target not in KINDS and "wait_tensor" not in name and "_wrap_tensor" not in name
+
+
+def _world(node: fx.Node, given: dict[str, Any]) -> int | None:
+    if "group_size" in given:
+        return given["group_size"]
+    if "input_split_sizes" in given:
+        return len(given["input_split_sizes"])
+    if WORLD_KEY in node.meta:
+        return node.meta[WORLD_KEY]
+    group = given["group_name"]
+    if isinstance(group, fx.Node):
+        return None
+    try:
+        return torch.distributed.distributed_c10d._get_group_size_by_name(group)
+    except (RuntimeError, KeyError, ValueError):  # no process group of that name
+        return None

@@ -1,0 +1,67 @@
+"""What every collective rule does: it sends a payload where values were sent, and waits for it where they were.
+
+Bytes are what travels, since every transport carries uint8 and none does arithmetic on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from qpass.graph.edit import Editor
+from qpass.graph.record import NodeRecord, record_of, set_record
+from qpass.rewrite.coded import Coded, as_coded
+from qpass.rewrite.collective import WAIT, Collective, as_collective
+from qpass.rewrite.rule import require
+
+
+def payload_of(collective: Collective, parts: int) -> Coded:
+    """The payload that a collective's values were decoded from.
+
+    Raises:
+        Refusal: they were not, or it does not come apart into ``parts`` payloads.
+    """
+    coded = as_coded(collective.x)
+    require(coded is not None, "the values that are sent were not decoded from a payload", collective.node)
+    assert coded is not None
+    require(coded.holds(parts), f"the payload does not come apart into {parts} payloads", collective.node)
+    return coded
+
+
+def world_of(collective: Collective) -> int:
+    """The number of ranks; refuses where it is not known."""
+    require(collective.world is not None, "the number of ranks in its group is not known", collective.node)
+    assert collective.world is not None
+    return collective.world
+
+
+def issued_by(wait: fx.Node) -> Collective:
+    """The collective that a matched ``wait_tensor`` waits for."""
+    found = as_collective(wait.args[0])
+    assert found is not None
+    return found
+
+
+def send(edit: Editor, collective: Collective, payload: fx.Node, how: str, target: Any, *args: Any) -> fx.Node:
+    """Start ``target(payload, *args, group)`` in the collective's place; its record says what went instead of what."""
+    issue = edit.call(target, payload, *args, collective.group, like=collective.node, before=collective.node)
+    before, after = (_nbytes(node) for node in (collective.x, payload))
+    known = record_of(collective.node) or NodeRecord(collective.kind, "quantized")
+    set_record(issue, known.but(outcome="lowered", kernel=how, reason=f"{before:,} -> {after:,} bytes"))
+    return issue
+
+
+def wait_for(edit: Editor, issue: fx.Node, *, like: fx.Node, before: fx.Node) -> fx.Node:
+    """Wait for a transfer at the place of ``before``."""
+    return edit.call(WAIT, issue, like=like, before=before)
+
+
+def even(payload: fx.Node, world: int) -> list[int]:
+    """The splits that cut a payload for that many ranks."""
+    return [payload.meta["val"].numel() // world] * world
+
+
+def _nbytes(node: fx.Node) -> int:
+    val = node.meta["val"]
+    return int(val.numel() * val.element_size())

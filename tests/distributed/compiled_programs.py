@@ -1,0 +1,206 @@
+"""What runs on each rank: programs compiled with compressed collectives, held against the same by hand."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives as funcol
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import qpass.compress
+from qpass import comm
+from qpass.graph.record import NodeRecord
+from qpass.rewrite.collective import KINDS
+from ranks import everywhere
+
+INT8 = comm.codec("int8")
+ALL = {"comm": comm.Policy("int8", tuple(comm.cost.FORMS), 0)}
+
+
+class Watch:
+    """The collectives of every graph that was compiled while it watched: before, after, and the decisions."""
+
+    def __enter__(self) -> Watch:
+        self.before: list[Counter[str]] = []
+        self.after: list[Counter[str]] = []
+        self.decisions: list[NodeRecord] = []
+        self.original = qpass.compress.compress
+
+        def compress(gm: Any, *args: Any, **kwargs: Any) -> Any:
+            self.before.append(counted(gm))
+            result = self.original(gm, *args, **kwargs)
+            self.after.append(counted(result))
+            self.decisions += qpass.compress.collectives(result)
+            return result
+
+        qpass.compress.compress = compress
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        qpass.compress.compress = self.original
+
+
+def counted(gm: Any) -> Counter[str]:
+    """How many collectives of each kind send tensors of which dtype."""
+    sends = ((KINDS[node.target], node.args[0].meta["val"].dtype) for node in gm.graph.nodes if node.target in KINDS)
+    return Counter(f"{kind} {str(dtype).removeprefix('torch.')}" for kind, dtype in sends)
+
+
+def value(rank: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(rank))
+
+
+def rounded(x: Tensor) -> Tensor:
+    return INT8.decode(INT8.encode(x), x.numel(), x.dtype).view(x.shape)
+
+
+def user_function(rank: int, world: int) -> None:
+    """Every kind of collective that Dynamo takes from `torch.distributed`, in one function."""
+
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        summed = x @ w
+        dist.all_reduce(summed)
+        gathered = x.new_empty(world * 6, 50)
+        dist.all_gather_into_tensor(gathered, x * 2)
+        scattered = x.new_empty(3, 50)
+        dist.reduce_scatter_tensor(scattered, x * 3)
+        exchanged = torch.empty_like(x)
+        dist.all_to_all_single(exchanged, x * 4)
+        largest = x * 5
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return summed.relu(), gathered, scattered, exchanged, largest
+
+    x, w = value(rank, 6, 50), value(7, 50, 100)
+    with Watch() as watch:
+        results = torch.compile(function, backend="qpass", options=ALL)(x, w)
+    plain = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
+    assert watch.before == [{f"{kind} float32": count for kind, count in plain.items()}]
+    assert watch.after == [{"all_reduce float32": 1, "all_gather uint8": 2, "all_to_all uint8": 2}]
+    told = {(record.op, record.outcome, record.reason) for record in watch.decisions}
+    assert told == {  # 300 float32 are 3 rows of 130 bytes, in two parts 4; the product's 600 are 5
+        ("all_reduce", "lowered", "2,400 -> 650 bytes"),
+        ("all_gather", "lowered", "1,200 -> 390 bytes"),
+        ("reduce_scatter", "lowered", "1,200 -> 520 bytes"),
+        ("all_to_all", "lowered", "1,200 -> 520 bytes"),
+        ("all_reduce", "float", "a max cannot be taken over payloads"),
+    }
+    summed = x @ w
+    comm.all_reduce(summed, codec=INT8)
+    gathered, scattered, exchanged = x.new_empty(world * 6, 50), x.new_empty(3, 50), torch.empty_like(x)
+    comm.all_gather(gathered, x * 2, codec=INT8)
+    comm.reduce_scatter(scattered, x * 3, codec=INT8)
+    comm.all_to_all(exchanged, x * 4, codec=INT8)
+    largest = x * 5
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    for result, expected in zip(results, (summed.relu(), gathered, scattered, exchanged, largest), strict=True):
+        assert torch.equal(result, expected)
+    reference = rounded(x @ w)  # the sum of two terms does not depend on their order
+    dist.all_reduce(reference)
+    assert torch.equal(results[0], reference.relu())
+    dist.all_gather_into_tensor(gathered, rounded(x * 2))
+    assert torch.equal(results[1], gathered)
+    for result in (results[0], results[1], results[4]):
+        assert all(torch.equal(other, everywhere(result)[0]) for other in everywhere(result))
+
+
+def tensor_parallel(rank: int, world: int) -> None:
+    """Megatron's two linears: one all_reduce behind the second one."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 48)).requires_grad_(False)
+    x = value(9, 8, 32)
+    whole = model(x)
+    hidden = nn.functional.gelu(model[0](x)).chunk(world, 1)
+    terms = [part @ w.t() for part, w in zip(hidden, model[2].weight.chunk(world, 1), strict=True)]
+    bound = sum(INT8.error_bound(term) for term in terms)
+    mesh = init_device_mesh("cpu", (world,))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    with Watch() as watch, torch.no_grad():
+        result = torch.compile(model, backend="qpass", options=ALL)(x)
+    assert (watch.before, watch.after) == ([{"all_reduce float32": 1}], [{"all_gather uint8": 1}])
+    (record,) = watch.decisions
+    assert (record.outcome, record.reason) == ("lowered", "1,536 -> 390 bytes")
+    error = (result - whole).abs()
+    assert (error <= bound + 1e-5).all()  # float32 sums of 64 products of size 1 in another order
+    assert error.max() > 1e-5  # it did travel as int8
+    assert all(torch.equal(other, everywhere(result)[0]) for other in everywhere(result))
+
+
+def sharded_training(rank: int, world: int) -> None:
+    """A weight gathered in the forward graph, its gradient scattered in the backward one."""
+
+    def loss(x: Tensor, shard: Tensor) -> Tensor:
+        w = funcol.all_gather_tensor_autograd(shard, 0, dist.group.WORLD)
+        return (x @ w).square().sum()
+
+    x, shard = value(rank, 8, 64), value(rank + 5, 32, 40).requires_grad_()
+    with Watch() as watch:
+        found = torch.compile(loss, backend="qpass", options=ALL)(x, shard)
+        found.backward()
+    assert watch.before == [{"all_gather float32": 1}, {"reduce_scatter float32": 1}]
+    assert watch.after == [{"all_gather uint8": 1}, {"all_to_all uint8": 1}]
+    w = x.new_empty(64, 40)
+    comm.all_gather(w, shard.detach(), codec=INT8)
+    y = x @ w
+    torch.testing.assert_close(found, y.square().sum(), rtol=1e-6, atol=0)  # summed in another order
+    gradient = torch.empty_like(shard)
+    comm.reduce_scatter(gradient, x.t() @ (2 * y), codec=INT8)
+    assert torch.equal(shard.grad, gradient)
+
+
+def ddp_under_compiled_autograd(rank: int, world: int) -> None:
+    """The one way in which DDP's gradients are summed in a graph: all of them, in one bucket that Inductor made."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 32)
+    x = value(rank, 8, 64)
+    config = torch._dynamo.config.patch(optimize_ddp="python_reducer", compiled_autograd=True)
+    with Watch() as watch, config, warnings.catch_warnings(record=True) as warned:
+        ddp = nn.parallel.DistributedDataParallel(model)
+        torch.compile(lambda: ddp(x).square().sum().backward(), backend="qpass", options=ALL)()
+    assert not [str(warning.message) for warning in warned if "collective" in str(warning.message)]
+    assert sum(watch.before, Counter()) == {"all_reduce float32": 1}
+    assert sum(watch.after, Counter()) == {"all_gather uint8": 1}
+    (record,) = watch.decisions
+    assert record.reason == "8,320 -> 2,210 bytes"  # 2,080 float32 are 17 rows of 130 bytes
+    found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    y = 2 * model(x).detach()
+    expected = torch.cat([(y.t() @ x).flatten(), y.sum(0)]) / world
+    bound = INT8.error_bound(expected).float()
+    dist.all_reduce(bound)
+    dist.all_reduce(expected)
+    error = (found - expected).abs()
+    assert (error <= bound + 1e-4).all()  # float32 sums of 8 products in another order
+    assert error.max() > 1e-4  # it did travel as int8
+    assert all(torch.equal(other, everywhere(found)[0]) for other in everywhere(found))
+
+
+def many_ranks(rank: int, world: int) -> None:
+    """A sum over all in two shots, and one over a group of some in one, with ranks that are not in that group."""
+    comm.schedule.ONE_SHOT_BYTES = 0  # so that small tensors, too, go in two shots
+    some = dist.new_group([1, 3])
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = x * 2, x * 3
+        dist.all_reduce(a)
+        if rank in (1, 3):
+            dist.all_reduce(b, group=some)
+        return a, b
+
+    x = value(rank, 9, 77)
+    with Watch() as watch:
+        a, b = torch.compile(function, backend="qpass", options=ALL)(x)
+    inside = rank in (1, 3)
+    assert watch.before == [{"all_reduce float32": 1 + inside}]
+    assert watch.after == [{"all_to_all uint8": 1, "all_gather uint8": 1 + inside}]
+    expected = x * 2
+    comm.all_reduce(expected, codec=INT8, schedule="two_shot")
+    assert torch.equal(a, expected)
+    assert all(torch.equal(other, everywhere(a)[0]) for other in everywhere(a))
+    expected = x * 3
+    if inside:
+        comm.all_reduce(expected, group=some, codec=INT8)
+    assert torch.equal(b, expected)
