@@ -46,6 +46,8 @@ def _rank(rank: int, world: int, file: str, cases: list[str], folder: str, timeo
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=timeout), world, rank)
     module = load(file)
     store = dist.distributed_c10d._get_default_store()
+    store.set(f"started/{rank}", "yes")  # a rank that dies while others still connect would take them along
+    store.wait([f"started/{other}" for other in range(world)], timedelta(seconds=60))
     said = dict.fromkeys(cases, "not run: a case before it failed")
     for case in cases:
         torch.manual_seed(0)

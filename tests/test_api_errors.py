@@ -344,7 +344,7 @@ STATIC_BACKEND = (
     [
         (
             {"confg": "int8_dynamic"},
-            "unknown option 'confg' (did you mean 'config'?)\n  to do: use config, target, strict, inductor",
+            "unknown option 'confg' (did you mean 'config'?)\n  to do: use config, target, strict, inductor, comm",
         ),
         (
             {"config": "int8_dynamc"},
