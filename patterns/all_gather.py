@@ -29,7 +29,7 @@ class GatherPayloads(Rule):
     Exact: a payload holds its own scales, so what it decodes to does not depend on who decodes it.
     """
 
-    def pattern(self, x: Any, world: Any, group: Any) -> Expr:  # type: ignore[override]
+    def pattern(self, x: Any, world: Any, group: Any) -> Expr:
         return c10d.wait_tensor(c10d.all_gather_into_tensor(x, world, group))
 
     def check(self, m: Match, constants: Constants) -> None:
@@ -50,7 +50,7 @@ class CastBeforeGather(Rule):
     Exact: a cast rounds every element by itself.
     """
 
-    def pattern(self, x: Any, world: Any, group: Any, dtype: Any) -> Iterable[Expr]:  # type: ignore[override]
+    def pattern(self, x: Any, world: Any, group: Any, dtype: Any) -> Iterable[Expr]:
         gathered = c10d.wait_tensor(c10d.all_gather_into_tensor(x, world, group))
         yield Expr(prims.convert_element_type.default, (gathered, dtype), {})
         yield Expr(aten.to.dtype, (gathered, dtype), {})

@@ -18,7 +18,7 @@ from qpass.rewrite.collective import c10d, ops
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule, require
-from qpass.rewrite.transfer import even, issued_by, payload_of, send, wait_for, world_of
+from qpass.rewrite.transfer import exchange, issued_by, payload_of, send, wait_for, world_of
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ class AllReduceOneShot(Rule):
     Exact but for the order of summation, which here is that of the ranks, and for its dtype, which here is float32.
     """
 
-    def pattern(self, x: Any, op: Any, group: Any) -> Expr:  # type: ignore[override]
+    def pattern(self, x: Any, op: Any, group: Any) -> Expr:
         return c10d.wait_tensor(c10d.all_reduce(x, op, group))
 
     def check(self, m: Match, constants: Constants) -> None:
@@ -53,7 +53,7 @@ class AllReduceTwoShot(Rule):
     Each rank sums as many rows as any other, zeros behind the last of them. Exact as the one-shot form is.
     """
 
-    def pattern(self, x: Any, op: Any, group: Any, form: Any, seed: Any) -> Expr:  # type: ignore[override]
+    def pattern(self, x: Any, op: Any, group: Any, form: Any, seed: Any) -> Expr:
         return Expr(ENCODE, (c10d.wait_tensor(c10d.all_reduce(x, op, group)), form, seed), {})
 
     def check(self, m: Match, constants: Constants) -> None:
@@ -78,8 +78,7 @@ class AllReduceTwoShot(Rule):
         sent = coded.payload
         if padding := world * rows * wire.width - size:
             sent = edit.call(aten.constant_pad_nd.default, sent, [0, padding], like=wait, before=collective.node)
-        splits, how = even(sent, world), f"all_to_all of {wire}, summed, all_gather"
-        issue = send(edit, collective, sent, how, ops.all_to_all_single.default, splits, splits)
+        issue = exchange(edit, collective, sent, f"all_to_all of {wire}, summed, all_gather", world)
         place = {"like": wait, "before": m.root}
         parts = wait_for(edit, issue, like=wait, before=wait)
         own = (rows * wire.row,)

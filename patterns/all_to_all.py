@@ -9,11 +9,11 @@ from torch import fx
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
 from qpass.rewrite.coded import decoded
-from qpass.rewrite.collective import EVEN_KEY, c10d, ops
+from qpass.rewrite.collective import EVEN_KEY, c10d
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule, require
-from qpass.rewrite.transfer import even, issued_by, payload_of, send, wait_for, world_of
+from qpass.rewrite.transfer import exchange, issued_by, payload_of, wait_for, world_of
 
 
 class ExchangePayloads(Rule):
@@ -22,7 +22,7 @@ class ExchangePayloads(Rule):
     Exact where the parts are equal and each has rows of the payload to itself: so cutting the bytes cuts the values.
     """
 
-    def pattern(self, x: Any, outputs: Any, inputs: Any, group: Any) -> Expr:  # type: ignore[override]
+    def pattern(self, x: Any, outputs: Any, inputs: Any, group: Any) -> Expr:
         return c10d.wait_tensor(c10d.all_to_all_single(x, outputs, inputs, group))
 
     def check(self, m: Match, constants: Constants) -> None:
@@ -35,7 +35,6 @@ class ExchangePayloads(Rule):
         collective = issued_by(m.root)
         world, val, place = world_of(collective), m.root.meta["val"], {"like": m.root, "before": m.root}
         coded = payload_of(collective, world)
-        splits, how = even(coded.payload, world), f"all_to_all of {coded.wire}"
-        issue = send(edit, collective, coded.payload, how, ops.all_to_all_single.default, splits, splits)
+        issue = exchange(edit, collective, coded.payload, f"all_to_all of {coded.wire}", world)
         payloads = wait_for(edit, issue, **place)
         return decoded(edit, payloads, coded.wire, world, val.shape, val.dtype, **place)

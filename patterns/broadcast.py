@@ -22,7 +22,7 @@ class BroadcastPayload(Rule):
     Exact: a payload holds its own scales.
     """
 
-    def pattern(self, x: Any, src: Any, group: Any) -> Expr:  # type: ignore[override]
+    def pattern(self, x: Any, src: Any, group: Any) -> Expr:
         return c10d.wait_tensor(c10d.broadcast(x, src, group))
 
     def check(self, m: Match, constants: Constants) -> None:

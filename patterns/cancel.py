@@ -21,7 +21,7 @@ class Requantize(Rule):
     Exact: ``(codes - zero_point) * scale * (1 / scale)`` is within ``2**-22 * 255`` of a whole number.
     """
 
-    def pattern(self, x: Any, scale: Any, zero_point: Any, low: Any, high: Any, dtype: Any) -> Expr:  # type: ignore[override]
+    def pattern(self, x: Any, scale: Any, zero_point: Any, low: Any, high: Any, dtype: Any) -> Expr:
         return Expr(ops.quantize_per_tensor.default, (x, scale, zero_point, low, high, dtype), {})
 
     def check(self, m: Match, constants: Constants) -> None:

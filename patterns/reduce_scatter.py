@@ -9,11 +9,11 @@ from torch import fx
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
 from qpass.rewrite.coded import reduced
-from qpass.rewrite.collective import c10d, ops
+from qpass.rewrite.collective import c10d
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule, require
-from qpass.rewrite.transfer import even, issued_by, payload_of, send, wait_for, world_of
+from qpass.rewrite.transfer import exchange, issued_by, payload_of, wait_for, world_of
 
 SUMS = ("sum", "avg")
 """The reductions that can be taken over decoded payloads; a maximum could, too, but saves no error."""
@@ -25,7 +25,7 @@ class ReduceScatterPayloads(Rule):
     Exact but for the order of summation, which here is that of the ranks, and for its dtype, which here is float32.
     """
 
-    def pattern(self, x: Any, op: Any, world: Any, group: Any) -> Expr:  # type: ignore[override]
+    def pattern(self, x: Any, op: Any, world: Any, group: Any) -> Expr:
         return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, op, world, group))
 
     def check(self, m: Match, constants: Constants) -> None:
@@ -36,7 +36,6 @@ class ReduceScatterPayloads(Rule):
         collective = issued_by(m.root)
         world, val, place = world_of(collective), m.root.meta["val"], {"like": m.root, "before": m.root}
         coded = payload_of(collective, world)
-        splits, how = even(coded.payload, world), f"all_to_all of {coded.wire}, summed"
-        issue = send(edit, collective, coded.payload, how, ops.all_to_all_single.default, splits, splits)
+        issue = exchange(edit, collective, coded.payload, f"all_to_all of {coded.wire}, summed", world)
         payloads = wait_for(edit, issue, **place)
         return reduced(edit, payloads, coded.wire, world, val.shape, val.dtype, m.op == "avg", **place)

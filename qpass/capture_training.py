@@ -25,27 +25,20 @@ from qpass.graph.regions import regions
 from qpass.graph.same import pair_operators
 from qpass.graph.source import module_path, where
 from qpass.graph.text import target_name
-from qpass.modes import BY_MODE, ByMode, Mode
-from qpass.rewrite.match import normalized
+from qpass.modes import BY_MODE, DROPOUT, ByMode, Mode
+from qpass.rewrite.match import normalized, set_arguments
 
 aten = torch.ops.aten
 
-# What an operator's argument for training is called, and its value in evaluation.
 FLAGS: dict[Any, tuple[str, Any]] = {
-    aten.dropout.default: ("train", False),
-    aten.feature_dropout.default: ("train", False),
-    aten.alpha_dropout.default: ("train", False),
-    aten.feature_alpha_dropout.default: ("train", False),
+    **dict.fromkeys(DROPOUT, ("train", False)),
     aten.scaled_dot_product_attention.default: ("dropout_p", 0.0),
     aten.batch_norm.default: ("training", False),
 }
+"""What an operator's argument for training is called, and its value in evaluation."""
 
-IN_PLACE = {
-    aten.dropout_.default: aten.dropout.default,
-    aten.feature_dropout_.default: aten.feature_dropout.default,
-    aten.alpha_dropout_.default: aten.alpha_dropout.default,
-    aten.feature_alpha_dropout_.default: aten.feature_alpha_dropout.default,
-}
+IN_PLACE = {getattr(aten, f"{name}_").default: operator for operator, name in DROPOUT.items()}
+"""Dropout in place, each with its plain form."""
 
 
 def capture_training(
@@ -174,11 +167,8 @@ def set_aside_flags(gm: fx.GraphModule) -> dict[fx.Node, Any]:
 
 
 def set_flag(node: fx.Node, value: Any) -> None:
-    """Write an operator's flag, and its other arguments as positional ones, however they were given."""
-    given = normalized(node) | {FLAGS[node.target][0]: value}
-    by_name = {entry.name for entry in node.target._schema.arguments if entry.kwarg_only}  # type: ignore[union-attr]
-    node.args = tuple(value for name, value in given.items() if name not in by_name)
-    node.kwargs = {name: value for name, value in given.items() if name in by_name}
+    """Write an operator's flag."""
+    set_arguments(node, **{FLAGS[node.target][0]: value})
 
 
 def in_modes_of(model: nn.Module, gm: fx.GraphModule) -> fx.GraphModule:

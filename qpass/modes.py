@@ -17,10 +17,21 @@ https://arxiv.org/abs/1806.08342, adds so that batch statistics stay those of th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+DROPOUT: dict[Any, str] = {
+    aten.dropout.default: "dropout",
+    aten.feature_dropout.default: "feature_dropout",
+    aten.alpha_dropout.default: "alpha_dropout",
+    aten.feature_alpha_dropout.default: "feature_alpha_dropout",
+}
+"""The operators that drop elements or channels at random, each with its name."""
 
 BY_MODE = "qpass_by_mode"
 """``meta`` key on an operator of a captured graph that computes something else in training: its `Mode`."""
@@ -53,7 +64,7 @@ class Dropout(ByMode):
     """``dropout(x, p)`` in training, x itself in evaluation.
 
     Args:
-        kind: the ATen operator: "dropout", "feature_dropout", "alpha_dropout" or "feature_alpha_dropout".
+        kind: the operator, by its name in `DROPOUT`.
         p: the probability of an element (a channel) to become zero.
     """
 
@@ -62,7 +73,7 @@ class Dropout(ByMode):
         self.kind, self.p = kind, p
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(torch.ops.aten, self.kind).default(x, self.p, True) if self.training else x
+        return getattr(aten, self.kind).default(x, self.p, True) if self.training else x
 
     def extra_repr(self) -> str:
         return f"{self.kind}, p={self.p}"
@@ -206,7 +217,7 @@ class FoldedBatchNorm(BatchNorm):
     ``enabled`` is the ``fake_quant_enabled`` of the weight: where it is 0 nothing was scaled.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # a graph calls it, with two values more than its base reads
         self,
         x: Tensor,
         weight: Tensor | None,

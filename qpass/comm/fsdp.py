@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,10 +53,11 @@ def compress_fsdp(
             continue
         done.modules.append(name)
         if all_gather is not None:
-            part.set_custom_all_gather(CompressedAllGather(codec(all_gather), done.statistics))  # type: ignore[arg-type]
+            gather: Any = CompressedAllGather(codec(all_gather), done.statistics)
+            part.set_custom_all_gather(gather)
         if reduce_scatter is not None:
-            scatter = CompressedReduceScatter(codec(reduce_scatter), done.statistics)
-            part.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
+            scatter: Any = CompressedReduceScatter(codec(reduce_scatter), done.statistics)
+            part.set_custom_reduce_scatter(scatter)
     if not done.modules:
         raise InputError(
             f"{type(module).__name__} has no module sharded by FSDP2.",
@@ -65,7 +67,7 @@ def compress_fsdp(
 
 
 class _Allocate:
-    """What FSDP2 asks of a custom collective beside the call; torch exports no base class for it."""
+    """What FSDP2 asks of a custom collective beside the call; torch exports no base class for it, so types say Any."""
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An ordinary tensor: what is sent lies elsewhere."""

@@ -100,7 +100,8 @@ def process_group(group: Any) -> dist.ProcessGroup:
     if isinstance(group, tuple) and len(group) == 2 and isinstance(group[0], DeviceMesh):
         return group[0].get_group(group[1])
     if isinstance(group, str):
-        return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
+        resolve: Any = torch._C._distributed_c10d._resolve_process_group  # by name, as the operators do it
+        return resolve(group)
     if isinstance(group, dist.ProcessGroup):
         return group
     raise InputError(f"A process group is needed, not {group!r}.", hint="make one with torch.distributed.new_group")

@@ -55,7 +55,9 @@ class Group:
         """
         if self._twin is None:
             world, ranks = dist.distributed_c10d._world, dist.get_process_group_ranks(self.process_group)
-            _, store = world.pg_map[dist.group.WORLD]  # type: ignore[index]
+            default = dist.group.WORLD
+            assert default is not None  # there is a group, so there is a default one
+            _, store = world.pg_map[default]
             self._twin, _ = dist.distributed_c10d._new_process_group_helper(
                 self.world,
                 self.rank,

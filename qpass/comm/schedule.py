@@ -45,16 +45,8 @@ def shots(numel: int, codec: Codec, world: int) -> str:
 
 def all_reduce_one_shot(x: Tensor, codec: Codec, divisor: int, seed: int, group: dist.ProcessGroup) -> None:
     """Every rank sums all payloads."""
-    world = group.size()
-    sent = []
-    for part in chunks(x.numel(), codec):
-        own = _payload(x, codec.payload_bytes(len(part)))
-        encode_into(_cut(x, part), own, codec, _seed(seed, group.rank()), part.start)
-        everyone = _payload(x, world * own.numel())
-        sent.append((part, everyone, dist.all_gather_single(everyone, own, group, async_op=True)))
-    for part, everyone, work in sent:
-        work.wait()
-        decode_reduce_into(everyone.view(world, -1), _cut(x, part), codec, divisor)
+    for part, payloads in _gathered(x, codec, seed, group):
+        decode_reduce_into(payloads, _cut(x, part), codec, divisor)
 
 
 def all_reduce_two_shot(x: Tensor, codec: Codec, divisor: int, seed: int, group: dist.ProcessGroup) -> None:
@@ -126,16 +118,9 @@ def reduce_scatter(output: Tensor, x: Tensor, codec: Codec, divisor: int, seed: 
 
 def all_gather(output: Tensor, x: Tensor, codec: Codec, seed: int, group: dist.ProcessGroup) -> None:
     """``x [n] -> output [W * n]``."""
-    world, numel = group.size(), x.numel()
-    sent = []
-    for part in chunks(numel, codec):
-        own = _payload(x, codec.payload_bytes(len(part)))
-        encode_into(_cut(x, part), own, codec, _seed(seed, group.rank()), part.start)
-        everyone = _payload(x, world * own.numel())
-        sent.append((part, everyone, dist.all_gather_single(everyone, own, group, async_op=True)))
-    for part, everyone, work in sent:
-        work.wait()
-        for rank, payload in enumerate(everyone.view(world, -1)):
+    numel = x.numel()
+    for part, payloads in _gathered(x, codec, seed, group):
+        for rank, payload in enumerate(payloads):
             decode_into(payload, output[rank * numel + part.start : rank * numel + part.stop], codec)
 
 
@@ -178,6 +163,19 @@ def broadcast(x: Tensor, src: int, codec: Codec, seed: int, group: dist.ProcessG
     for part, payload, work in sent:
         work.wait()
         decode_into(payload, _cut(x, part), codec)
+
+
+def _gathered(x: Tensor, codec: Codec, seed: int, group: dist.ProcessGroup) -> Iterator[tuple[range, Tensor]]:
+    """Each piece of `x`, and every rank's payload of it, ``[W, payload_bytes]``; all are sent before any is awaited."""
+    sent = []
+    for part in chunks(x.numel(), codec):
+        own = _payload(x, codec.payload_bytes(len(part)))
+        encode_into(_cut(x, part), own, codec, _seed(seed, group.rank()), part.start)
+        everyone = _payload(x, group.size() * own.numel())
+        sent.append((part, everyone, dist.all_gather_single(everyone, own, group, async_op=True)))
+    for part, everyone, work in sent:
+        work.wait()
+        yield part, everyone.view(group.size(), -1)
 
 
 def _cut(x: Tensor, part: range) -> Tensor:

@@ -30,7 +30,7 @@ class Work(dist.Work):
                         torch.cuda.current_stream().wait_event(ready)
                     job()
             except BaseException as error:
-                self._future.set_exception(error)  # type: ignore[arg-type]
+                self._future.set_exception(error)  # type: ignore[arg-type]  # it takes whatever can be raised
             else:
                 self._future.set_result([result])
 

@@ -13,6 +13,7 @@ from qpass.errors import ConfigError
 from qpass.fake_quantize.base import FakeQuantizeBase
 from qpass.fake_quantize.rounding import aligned, decoded, grouped, straight_through
 from qpass.fake_quantize.saved import qparam_faults
+from qpass.modes import in_backward
 from qpass.observer import MovingAverageMinMaxObserver, ObserverBase
 from qpass.observer.base import check_floating, has_values, is_eager
 from qpass.ops import choose
@@ -101,7 +102,7 @@ class FakeQuantize(FakeQuantizeBase):
         """Show `x` to the observer and take over its qparams, if `observer_enabled`."""
         observer = self.activation_post_process
         if is_eager(x):
-            if self.observer_enabled[0] and torch._C._current_graph_task_id() == -1:
+            if self.observer_enabled[0] and not in_backward():
                 observer(x)
                 if not self.is_dynamic and observer.has_data:
                     self._take(*observer.choose_qparams(), None)

@@ -17,6 +17,7 @@ from torch import fx
 from qpass.graph.alias import Memory, aliased_inputs, all_arguments, arguments, storages, written_inputs
 from qpass.graph.edit import fake_call, get_constant, rebuild
 from qpass.graph.regions import Types, inline_set_grad, regions, sink_constants
+from qpass.modes import DROPOUT
 
 aten = torch.ops.aten
 
@@ -198,9 +199,6 @@ def _twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
 
 # ---- operators that do nothing
 
-_DROPOUT = {
-    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default,
-}  # fmt: skip
 _SAME_VIEW = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 
 
@@ -229,7 +227,7 @@ def _noop_kind(node: fx.Node) -> str | None:
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or not node.args:
         return None
-    if target in _DROPOUT:
+    if target in DROPOUT:
         _, p, train = node.args
         return "itself" if p == 0 or not train else None
     if target in _SAME_VIEW:

@@ -12,7 +12,7 @@ from qpass.graph.edit import Editor, free_name, get_constant
 from qpass.passes.annotate import FOLD
 from qpass.passes.frame import Pass
 from qpass.passes.insert_observers import is_trained
-from qpass.rewrite.match import normalized
+from qpass.rewrite.match import normalized, set_arguments
 
 aten = torch.ops.aten
 
@@ -61,6 +61,5 @@ class FoldBatchNorm(Pass):
                 name = free_name(edit.gm, f"{observed.target}_folded")
                 edit.gm.add_module(name, observer.spec.make_observer())
             folded = edit.module(name, folded, val=folded.meta.get("val"), **place)
-        conv.args = tuple((arguments | {"weight": folded, "bias": shift}).values())
-        conv.kwargs = {}
+        set_arguments(conv, weight=folded, bias=shift)
         bn.replace_all_uses_with(conv)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from qpass.fake_quantize import FakeQuantizeBase
 from qpass.graph.edit import Editor, free_name, get_constant, set_constant
 from qpass.modes import (
     BY_MODE,
+    DROPOUT,
     Attention,
     BatchNorm,
     ByMode,
@@ -24,8 +27,8 @@ from qpass.modes import (
 from qpass.passes.annotate import FOLD
 from qpass.passes.frame import Pass
 from qpass.passes.insert_observers import is_observer
-from qpass.passes.set_dropout_aside import ASIDE, DROPOUT, Aside
-from qpass.rewrite.match import normalized
+from qpass.passes.set_dropout_aside import ASIDE, Aside
+from qpass.rewrite.match import normalized, set_arguments
 
 aten = torch.ops.aten
 
@@ -50,6 +53,8 @@ class InsertModes(Pass):
         aside = gm.meta.pop(ASIDE, [])
         for entry in aside:
             moved[entry.node] = put_back(entry, moved.get(entry.source, entry.source), edit)
+        calls = Counter(node.target for node in gm.graph.nodes if is_observer(node))
+        shared = {target for target, count in calls.items() if count > 1}
         marked = [(node, mode) for node in gm.graph.nodes if (mode := node.meta.pop(BY_MODE, None)) is not None]
         for node, mode in marked:
             if node.target in DROPOUT:
@@ -60,10 +65,10 @@ class InsertModes(Pass):
                 del given["dropout_p"]
                 replace(node, Attention(mode.p), "attention", tuple(given.values()), edit, mode)
             else:
-                self._batch_norm(node, mode, edit)
+                self._batch_norm(node, mode, shared, edit)
         return len(aside) + len(marked)
 
-    def _batch_norm(self, bn: fx.Node, mode: Mode, edit: Editor) -> None:
+    def _batch_norm(self, bn: fx.Node, mode: Mode, shared: set[Any], edit: Editor) -> None:
         given = normalized(bn)
         affine = (given["weight"], given["bias"])
         statistics = (given["running_mean"], given["running_var"])
@@ -74,7 +79,7 @@ class InsertModes(Pass):
             module = BatchNorm(given["eps"], mode.momentum)
             replace(bn, module, "batch_norm", (conv, *affine, *statistics, count), edit, mode)
             return
-        own = own_observer(observed, conv, edit)
+        own = own_observer(observed, conv, shared, edit)
         name = f"{own.target}.fake_quant_enabled"
         enabled = edit.attribute(name, like=conv, before=own, value=get_constant(edit.gm, name))
         place: dict[str, Any] = {"like": conv, "before": own, "val": statistics[1].meta.get("val")}
@@ -84,8 +89,7 @@ class InsertModes(Pass):
         bias = insert(FoldedBias(), "folded_bias", read, edit, mode, **place)
         place["val"] = own.meta.get("val")
         own.args = (insert(FoldedWeight(), "folded_weight", (own.args[0], factor), edit, mode, **place),)
-        conv.args = tuple((normalized(conv) | {"weight": own, "bias": bias}).values())
-        conv.kwargs = {}
+        set_arguments(conv, weight=own, bias=bias)
         module = FoldedBatchNorm(given["eps"], mode.momentum)
         replace(bn, module, "batch_norm", (conv, *affine, *statistics, count, factor, enabled), edit, mode)
 
@@ -111,24 +115,23 @@ def put_back(aside: Aside, source: fx.Node, edit: Editor) -> fx.Node:
     return call
 
 
-def own_observer(observed: fx.Node, conv: fx.Node, edit: Editor) -> fx.Node:
-    """The observer call of a folded weight: one of its own, since each batch norm scales the weight differently."""
-    if len(observed.users) == 1 and len(calls_of(edit.graph, observed.target)) == 1:
+def own_observer(observed: fx.Node, conv: fx.Node, shared: set[Any], edit: Editor) -> fx.Node:
+    """The observer call of a folded weight: one of its own, since each batch norm scales the weight differently.
+
+    ``shared``: the observers that are called at several places.
+    """
+    if len(observed.users) == 1 and observed.target not in shared:
         conv.prepend(observed)  # behind the parameters of the batch norm
         return observed
     name = free_name(edit.gm, str(observed.target))
-    edit.gm.add_module(name, get_constant(edit.gm, str(observed.target)).spec.make_observer())  # type: ignore[attr-defined]
+    observer: Any = edit.gm.get_submodule(str(observed.target))
+    edit.gm.add_module(name, observer.spec.make_observer())
     return edit.module(name, observed.args[0], like=conv, before=conv, val=observed.meta.get("val"))
-
-
-def calls_of(graph: fx.Graph, name: Any) -> list[fx.Node]:
-    """The calls of a sub-module."""
-    return list(graph.find_nodes(op="call_module", target=name))
 
 
 def is_fake_quantize(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is the call of an observer that rounds."""
-    return is_observer(node) and hasattr(gm.get_submodule(str(node.target)), "fake_quant_enabled")
+    return is_observer(node) and isinstance(gm.get_submodule(str(node.target)), FakeQuantizeBase)
 
 
 def dropout_of(node: fx.Node, mode: Mode) -> Dropout:

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from qpass.graph.edit import Editor
-from qpass.modes import Attention, BatchNorm, ByMode, Dropout, FoldedBatchNorm, FoldedBias, FoldedWeight, FoldFactor
+from qpass.modes import Attention, BatchNorm, ByMode, Dropout, FoldedBias, FoldedWeight, FoldFactor
 from qpass.passes.frame import Pass
-from qpass.rewrite.match import normalized
+from qpass.rewrite.match import set_arguments
 
 aten = torch.ops.aten
 
@@ -36,12 +36,10 @@ class RemoveModes(Pass):
                 node.replace_all_uses_with(plain)
             elif isinstance(module, FoldedBias):
                 drop_bias(node)
-        for node, _ in reversed(found):
+        for node, _ in reversed(found):  # readers first
             gm.graph.erase_node(node)
-        for _, module in found:
-            name = next((name for name, child in gm.named_children() if child is module), None)
-            if name is not None:
-                gm.delete_submodule(name)
+        for name in dict.fromkeys(str(node.target) for node, _ in found):
+            gm.delete_submodule(name)
         return len(found)
 
     def _plain(self, node: fx.Node, module: ByMode, edit: Editor) -> Any:
@@ -57,7 +55,7 @@ class RemoveModes(Pass):
                 scale=rest[0], enable_gqa=rest[1], **place,
             )  # fmt: skip
         else:
-            assert isinstance(module, BatchNorm | FoldedBatchNorm)
+            assert isinstance(module, BatchNorm)
             flags = (False, module.momentum or 0.0, module.eps, False)  # as export writes it: without cuDNN
             plain = edit.call(aten.batch_norm.default, *node.args[:5], *flags, **place)
         plain.meta = {**node.meta, **plain.meta}
@@ -67,5 +65,4 @@ class RemoveModes(Pass):
 def drop_bias(bias: fx.Node) -> None:
     """Let the convolutions that read a folded bias have none, as in the model."""
     for conv in list(bias.users):
-        conv.args = tuple((normalized(conv) | {"bias": None}).values())
-        conv.kwargs = {}
+        set_arguments(conv, bias=None)

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import fx
 
-from qpass.modes import BY_MODE, Mode
+from qpass.modes import BY_MODE, DROPOUT, Mode
 from qpass.passes.frame import Pass
 from qpass.rewrite.match import normalized
 
-aten = torch.ops.aten
-
-DROPOUT: dict[Any, str] = {
-    aten.dropout.default: "dropout",
-    aten.feature_dropout.default: "feature_dropout",
-    aten.alpha_dropout.default: "alpha_dropout",
-    aten.feature_alpha_dropout.default: "feature_alpha_dropout",
-}
 ASIDE = "qpass_aside"
 """``gm.meta`` key: the `Aside` of each dropout taken out, in the order in which they draw random numbers."""
 

@@ -90,3 +90,13 @@ def normalized(node: fx.Node) -> dict[str, Any]:
     names, defaults = argument_names(node.target), _defaults(node.target)
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return {name: given[name] if name in given else defaults[name] for name in names}
+
+
+def set_arguments(node: fx.Node, **changes: Any) -> None:
+    """Give some arguments of an operator node other values, by name. All are written out then, as `normalized` reads
+    them: those that may be positional are."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    given = normalized(node) | changes
+    by_name = {entry.name for entry in node.target._schema.arguments if entry.kwarg_only}
+    node.args = tuple(value for name, value in given.items() if name not in by_name)
+    node.kwargs = {name: value for name, value in given.items() if name in by_name}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -33,7 +34,7 @@ def require(condition: object, why_not: str, node: fx.Node | None = None) -> Non
 class Rule:
     """One law ``before -> after``. The first line of the docstring states it."""
 
-    def pattern(self, *captures: object) -> Expr | Iterable[Expr]:
+    def pattern(self, *captures: Any) -> Expr | Iterable[Expr]:
         """The expression that is meant; the parameters are the captures."""
         raise NotImplementedError
 

@@ -12,8 +12,8 @@ from torch import fx
 from qpass.graph.edit import Editor
 from qpass.graph.record import NodeRecord, record_of, set_record
 from qpass.rewrite.coded import Coded, as_coded
-from qpass.rewrite.collective import WAIT, Collective, as_collective
-from qpass.rewrite.rule import require
+from qpass.rewrite.collective import WAIT, Collective, as_collective, ops
+from qpass.rewrite.rule import Refusal, require
 
 
 def payload_of(collective: Collective, parts: int) -> Coded:
@@ -23,16 +23,16 @@ def payload_of(collective: Collective, parts: int) -> Coded:
         Refusal: they were not, or it does not come apart into ``parts`` payloads.
     """
     coded = as_coded(collective.x)
-    require(coded is not None, "the values that are sent were not decoded from a payload", collective.node)
-    assert coded is not None
+    if coded is None:
+        raise Refusal("the values that are sent were not decoded from a payload", collective.node)
     require(coded.holds(parts), f"the payload does not come apart into {parts} payloads", collective.node)
     return coded
 
 
 def world_of(collective: Collective) -> int:
     """The number of ranks; refuses where it is not known."""
-    require(collective.world is not None, "the number of ranks in its group is not known", collective.node)
-    assert collective.world is not None
+    if collective.world is None:
+        raise Refusal("the number of ranks in its group is not known", collective.node)
     return collective.world
 
 
@@ -52,14 +52,15 @@ def send(edit: Editor, collective: Collective, payload: fx.Node, how: str, targe
     return issue
 
 
+def exchange(edit: Editor, collective: Collective, payload: fx.Node, how: str, world: int) -> fx.Node:
+    """Start an all_to_all of ``world`` equal parts of a payload in the collective's place, recorded as `send` does."""
+    splits = [payload.meta["val"].numel() // world] * world
+    return send(edit, collective, payload, how, ops.all_to_all_single.default, splits, splits)
+
+
 def wait_for(edit: Editor, issue: fx.Node, *, like: fx.Node, before: fx.Node) -> fx.Node:
     """Wait for a transfer at the place of ``before``."""
     return edit.call(WAIT, issue, like=like, before=before)
-
-
-def even(payload: fx.Node, world: int) -> list[int]:
-    """The splits that cut a payload for that many ranks."""
-    return [payload.meta["val"].numel() // world] * world
 
 
 def _nbytes(node: fx.Node) -> int:
