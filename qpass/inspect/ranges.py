@@ -11,12 +11,14 @@ from torch import Tensor, fx
 
 from qpass.capture import FirstBatch
 from qpass.errors import InputError
+from qpass.fake_quantize import FakeQuantizeBase
 from qpass.graph.constants import Constants
 from qpass.graph.regions import regions
 from qpass.graph.source import module_path
 from qpass.inspect import page
 from qpass.inspect.expression import ascii_only
 from qpass.inspect.report_text import table
+from qpass.modes import FoldedWeight
 from qpass.passes.insert_observers import observers
 
 BARS = 24
@@ -29,9 +31,10 @@ class Seen:
     """What one observer saw.
 
     Attributes:
-        low, high: the extremes; ``chosen``: the ends of the range that its qparams cover, per tensor the chosen one.
+        low, high: the extremes; ``chosen``: the ends of the range that its qparams cover, per tensor the chosen one;
+            of a fake-quantize module the smallest and the largest value that it rounds to.
         counts: how many values fell into equal parts of ``low .. high``, empty where the observer keeps no histogram.
-        weight: whether it watches a constant.
+        weight: whether it watches a constant, or one that a batch norm is folded into.
     """
 
     name: str
@@ -78,19 +81,30 @@ def ranges(prepared: torch.nn.Module) -> Ranges:
 def _seen(gm: fx.GraphModule) -> Iterator[Seen]:
     constants, told = Constants(gm), set()
     for node, name in observers(gm):
-        observer: Any = gm.get_submodule(name)
+        module: Any = gm.get_submodule(name)
+        rounds = isinstance(module, FakeQuantizeBase)
+        observer: Any = module.activation_post_process if rounds else module
         low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
         if name in told or not observer.has_data or not isinstance(low, Tensor) or not isinstance(high, Tensor):
             continue
         told.add(name)
         chosen = observer.chosen_range() if hasattr(observer, "chosen_range") else (low, high)
+        if rounds:
+            scale, zero_point = module.calculate_qparams()
+            chosen = [(code - zero_point) * scale for code in observer.spec.range]
         ends = float(chosen[0].min()), float(chosen[1].max())
         reader = next(iter(node.users), node)
         counts = getattr(observer, "histogram", None)
         yield Seen(
             name, module_path(reader), observer.dtype, float(low.min()), float(high.max()), ends,
-            _binned(counts) if isinstance(counts, Tensor) else (), node.args[0] in constants,
+            _binned(counts) if isinstance(counts, Tensor) else (), _unfolded(gm, node.args[0]) in constants,
         )  # fmt: skip
+
+
+def _unfolded(gm: fx.GraphModule, value: Any) -> Any:
+    """The weight that training multiplies with the factor of a batch norm."""
+    folded = value.op == "call_module" and isinstance(gm.get_submodule(value.target), FoldedWeight)
+    return value.args[0] if folded else value
 
 
 def _binned(histogram: Tensor) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ frees what nothing reads any more. So the memory is that of the values alive in 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from qpass.inspect.sqnr_text import html, text
 
 BLOCK = 1 << 15
 """Values compared at once: their float64 copies stay small."""
+OPERATIONS = ("call_function", "call_method", "call_module")
 
 
 class NodeNoise(NamedTuple):
@@ -39,10 +41,17 @@ class NodeNoise(NamedTuple):
 
 
 class SqnrByNode(Mapping[str, float]):
-    """dB by the path of each compared node of ``b``, in the order of the graph; ``str()`` is the worst ten."""
+    """dB by the path of each compared node of ``b``, in the order of the graph; ``str()`` is the worst ten.
 
-    def __init__(self, nodes: list[NodeNoise]) -> None:
+    Attributes:
+        nodes: every compared node.
+        regions: of each region of ``b``, by its name, how many operations in it were not compared: it runs as one
+            operation, as often as its data say, and only its result is seen.
+    """
+
+    def __init__(self, nodes: list[NodeNoise], regions: Mapping[str, int] | None = None) -> None:
         self.nodes = tuple(nodes)
+        self.regions = dict(regions or {})
         self._by_path = {found.node.path: found.sqnr for found in nodes}
 
     def __getitem__(self, path: str) -> float:
@@ -82,8 +91,9 @@ def sqnr_by_node(a: Any, b: Any, batches: list[Any]) -> SqnrByNode:
     """The SQNR of every operation of ``b`` that has a pair in the reference ``a``, over all ``batches``.
 
     Sums run in float64. A place where both values are equal, infinite ones included, has no noise; a value that is not
-    finite where the other is has infinite noise. Left out are values that are no floats in both (codes), and the
-    insides of regions. ``a`` and ``b`` are graphs, exported programs, or modules, captured on the first batch.
+    finite where the other is has infinite noise. Left out are values that are no floats in both (codes), and, with a
+    note, the insides of regions. ``a`` and ``b`` are graphs, exported programs, or modules, captured on the first
+    batch.
     """
     left, right = _graph(a, batches[0]), _graph(b, batches[0])
     before, after = snapshot(left), snapshot(right)
@@ -100,10 +110,11 @@ def sqnr_by_node(a: Any, b: Any, batches: list[Any]) -> SqnrByNode:
     reference = {right: left for left, right in pairs.items()}
     ratios = {index: decibels(*energies) for index, energies in sorted(sums.items())}
     inputs = _ratio_of_inputs(after, ratios)
-    return SqnrByNode([
+    nodes = [
         NodeNoise(after.nodes[index], before.nodes[reference[index]], ratio, _own(inputs[index], ratio))
         for index, ratio in ratios.items()
-    ])  # fmt: skip
+    ]
+    return SqnrByNode(nodes, Counter(view.region for view in after.nodes if view.region and view.op in OPERATIONS))
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -149,7 +160,7 @@ def _compared(before: Snapshot, after: Snapshot, pairs: Mapping[int, int]) -> di
 
 def _is_value(view: NodeView) -> bool:
     floats = view.val is None or (isinstance(view.val, Tensor) and view.val.is_floating_point())
-    return view.op in ("call_function", "call_method", "call_module") and not view.region and floats
+    return view.op in OPERATIONS and not view.region and floats
 
 
 def _holds_codes(graph: Snapshot, index: int) -> bool:

@@ -21,7 +21,7 @@ def text(found: SqnrByNode) -> str:
     lines = [[*line[:3], f"{line[3]:>6}", f"{line[4]:>6}"] for line in lines]
     title = _title(found)
     header = ["node", "module", "operator", "    dB", "   own"]
-    return "\n".join([title, *(ascii_only(line) for line in table(header, lines))])
+    return "\n".join(ascii_only(line) for line in [title, *table(header, lines), *_left_out(found)])
 
 
 def html(found: SqnrByNode) -> str:
@@ -29,7 +29,8 @@ def html(found: SqnrByNode) -> str:
     worst = page.table(HEADER, map(_cells, found.worst()), numbers=(3, 4))
     everything = page.table(HEADER, map(_cells, found.nodes), numbers=(3, 4))
     title = page.tag("p", page.tag("b", page.escape(_title(found))))
-    return page.block(title, worst, page.details(page.quiet(f"all {len(found)} nodes"), everything))
+    notes = [page.tag("p", page.quiet(line)) for line in _left_out(found)]
+    return page.block(title, worst, page.details(page.quiet(f"all {len(found)} nodes"), everything), *notes)
 
 
 def figure(ratio: float) -> str:
@@ -40,6 +41,13 @@ def figure(ratio: float) -> str:
 def _title(found: SqnrByNode) -> str:
     exact = sum(noise.sqnr == math.inf for noise in found.nodes)
     return f"SQNR of {len(found)} nodes, {exact} of them exact; the worst {min(10, len(found))}"
+
+
+def _left_out(found: SqnrByNode) -> list[str]:
+    return [
+        f"not compared: {count} operations in the region {region}, which runs as one; its result is"
+        for region, count in found.regions.items()
+    ]
 
 
 def _cells(noise: NodeNoise) -> list[str]:

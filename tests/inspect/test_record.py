@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import logging
+import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,6 +142,34 @@ def test_each_diff_is_an_artifact_of_the_trace(prepared: fx.GraphModule, monkeyp
         f"qpass_quantized_{name}" for name in ("fold_batch_norm", "lower_observers", "fold_constants")
     ]
     assert "batch_norm(conv2d(" in artifacts["qpass_quantized_fold_batch_norm"]
+
+
+CONVERTED = """
+import torch, qpass
+model = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+prepared = qpass.prepare(torch.export.export(model, (torch.zeros(2, 2, 4, 4),)), config=qpass.presets.int8_static())
+prepared(torch.randn(2, 2, 4, 4))
+with qpass.record() as passes:
+    qpass.convert(prepared)
+print(passes["fold_batch_norm"].diff)
+"""
+
+
+def test_the_trace_that_tlparse_reads_holds_the_diffs(tmp_path: Path) -> None:
+    """A line of JSON that names the artifact and the MD5 of its text, and below it the text, indented by a tab."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CONVERTED],
+        env={**os.environ, "TORCH_TRACE": str(tmp_path)}, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    (trace,) = tmp_path.iterdir()
+    lines = trace.read_text().splitlines()
+    (at,) = [index for index, line in enumerate(lines) if '"qpass_quantized_fold_batch_norm"' in line]
+    told = json.loads(lines[at][lines[at].index("{") :])
+    assert told["artifact"] == {"name": "qpass_quantized_fold_batch_norm", "encoding": "string"}
+    text = "\n".join(line[1:] for line in itertools.takewhile(lambda line: line.startswith("\t"), lines[at + 1 :]))
+    assert hashlib.md5(text.encode()).hexdigest() == told["has_payload"]
+    assert "batch_norm(conv2d(" in text
+    assert text in result.stdout
 
 
 @pytest.mark.slow  # a compilation

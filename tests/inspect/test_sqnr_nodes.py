@@ -168,6 +168,27 @@ def test_a_module_is_captured_for_the_comparison() -> None:
     assert found["linear_2"] == pytest.approx(qpass.sqnr(model, converted, x), rel=1e-9)
 
 
+def test_what_regions_hold_is_declined_and_their_result_compared() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda y: self.b(y).relu(), lambda y: self.b(y), (self.a(x),))
+
+    x = torch.randn(4, 8)
+    found = qpass.sqnr(*stages(Branches(), x, config=qpass.presets.int8_dynamic(compute_dtype=None)), x, nodes=True)
+    assert "linear" in found
+    assert math.isfinite(found["getitem"])  # the result of the region
+    assert not any("/" in path for path in found)
+    assert list(found.regions) == ["true_graph_0", "false_graph_0"]
+    for region, count in found.regions.items():
+        note = f"not compared: {count} operations in the region {region}, which runs as one; its result is"
+        assert note in str(found).splitlines()
+        assert note in found._repr_mimebundle_()["text/html"]
+
+
 def test_ranges_of_observers() -> None:
     x = torch.cat([torch.linspace(-1, 1, 1600).reshape(100, 16), torch.full((1, 16), 8.0)])
     prepared, _ = stages(net(), x, config=STATIC)
@@ -184,6 +205,22 @@ def test_ranges_of_observers() -> None:
     assert line.rstrip().endswith(("#", "+", "-", "=", "*", ":", "."))
     pytest.importorskip("matplotlib", reason="matplotlib, of the extra viz, is not installed")
     assert len(found.plot().axes) == len(found) - len(weights)
+
+
+def test_ranges_of_a_model_in_training() -> None:
+    """Of modules that round, too; and a batch norm stands between the first weight and its observer."""
+    x = torch.randn(64, 3, 8, 8).clamp(-2, 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    prepared = qpass.prepare(model.train(), (x,), config=qpass.presets.int8_qat(compute_dtype=None))
+    prepared(x)
+    found = ranges(prepared)
+    told = sorted((seen.module, seen.weight) for seen in found)
+    assert told == [("0", False), ("0", True), ("3", False), ("4", True)]
+    first = next(seen for seen in found if seen.module == "0" and not seen.weight)
+    assert (first.low, first.high) == (-2.0, 2.0)
+    module = prepared.get_submodule(first.name)
+    values = module.eval()(torch.linspace(-9, 9, 100))
+    assert first.chosen == (values.min(), values.max())
 
 
 def test_graphs_are_left_as_they_are() -> None:
