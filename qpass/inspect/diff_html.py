@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from qpass.inspect.diff_text import figures, heading, metric, title
@@ -57,7 +59,7 @@ def _edit(number: int, edit: Edit, diff: GraphDiff) -> str:
     law = tag("pre", "<br>".join(lines), style=f"{MONO};margin:4px 0;white-space:pre-wrap")
     svg = draw(edit.instances[0], diff.before, diff.after)
     shown = picture(svg, " -> ".join(("; ".join(before), "; ".join(after)))) if svg else ""
-    shown_places = "\n".join(map(_place, edit.instances[:LISTED]))
+    shown_places = "\n".join(_places(edit.instances[:LISTED]))
     total = len(edit.instances)
     rest = quiet(f"and {total - LISTED} more") if total > LISTED else ""
     listed = tag("pre", escape_lines(shown_places), style=f"{MONO};margin:4px 0")
@@ -65,6 +67,10 @@ def _edit(number: int, edit: Edit, diff: GraphDiff) -> str:
     return details(summary, law, shown, listing, opened=number <= OPENED)
 
 
-def _place(instance: Instance) -> str:
-    view = instance.center.node
-    return f"{instance.module}  {view.path}  {view.line}".strip()
+def _places(instances: Sequence[Instance]) -> Iterator[str]:
+    """Module and node of each; a line of source that neighbours have in common, as layers have, stands above them."""
+    for line, group in groupby(instances, key=lambda instance: instance.center.node.line):
+        if line:
+            yield line
+        for instance in group:
+            yield f"{'  ' if line else ''}{instance.module}  {instance.center.node.path}"
