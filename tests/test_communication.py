@@ -163,7 +163,8 @@ def test_20_mutations_and_no_stale_graph(monkeypatch: pytest.MonkeyPatch, tmp_pa
     codecs = ("int8:64:bf16", "int8:128:fp32", "int4", "mxint8", "fp8_e4m3", "bf16")
     mutations: list[Policy] = [Policy(name, min_bytes=1 << 40) for name in codecs]
     mutations += [replace(PLAIN, kinds=kinds) for kinds in ("all_gather", ("all_reduce", "all_gather"))]
-    mutations += [replace(PLAIN, link=link), replace(PLAIN, link=replace(link, latency=0.0)), replace(PLAIN, min_bytes=1 << 41)]
+    mutations += [replace(PLAIN, link=link), replace(PLAIN, link=replace(link, latency=0.0))]
+    mutations += [replace(PLAIN, min_bytes=1 << 41)]
     mutations += [PLAIN.override("int4", backward=True), PLAIN.override("int4", backward=False, min_bytes=1 << 40)]
     mutations += [PLAIN.keep_plain(kind="all_reduce"), PLAIN.keep_plain(kind="all_reduce", min_bytes=1)]
     assert [misses(policy) for policy in (PLAIN, PLAIN, *mutations, PLAIN)] == [1, 0, *[1] * len(mutations), 0]

@@ -19,7 +19,8 @@ from qpass.stages import convert_graph
 aten = torch.ops.aten
 record_module: Any = sys.modules["qpass.inspect.record"]  # `qpass.inspect.record` is the function
 CONVERT = [
-    "remove_modes", "fold_batch_norm", "lower_observers", "cast_compute_dtype", "expand_attention", "fold_constants",
+    "remove_modes", "fold_batch_norm", "lower_observers", "cast_compute_dtype", "expand_attention", "hoist_casts",
+    "fold_constants",
 ]  # fmt: skip
 
 
