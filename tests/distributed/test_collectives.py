@@ -191,6 +191,11 @@ def first_error(x: Tensor, codec: comm.Codec) -> Tensor:
     return codec.decode(codec.encode(x, 99), x.numel()).double() - x.double()
 
 
+def from_to(numel: int, dtype: torch.dtype, a: int, b: int) -> Tensor:
+    """What rank a has for rank b."""
+    return value(a, numel, dtype, salt=b + 1)
+
+
 def few_others(rank: int, world: int) -> None:
     others(rank, world, FEW, (torch.float16,))
 
@@ -207,25 +212,26 @@ def others(
         if codec.stochastic:
             continue
         for numel in SIZES:
-            shares = [[value(a, numel, dtype, salt=b + 1) for b in range(world)] for a in range(world)]  # from a to b
-            got = [[received(share, codec) for share in row] for row in shares]
+            share = functools.cache(functools.partial(from_to, numel, dtype))
+            got = functools.cache(lambda a, b, share=share, codec=codec: received(share(a, b), codec))
+            mine = torch.cat([share(rank, b) for b in range(world)])
 
             out = torch.empty(numel, dtype=dtype)
-            comm.reduce_scatter(out, torch.cat(shares[rank]), "avg", codec=codec)
-            assert torch.equal(out, summed([row[rank] for row in got], world).to(dtype))
+            comm.reduce_scatter(out, mine, "avg", codec=codec)
+            assert torch.equal(out, summed([got(a, rank) for a in range(world)], world).to(dtype))
 
             out = torch.empty(world * numel, dtype=dtype)
-            comm.all_gather(out, shares[rank][0], codec=codec)
-            assert torch.equal(out, torch.cat([row[0] for row in got]).to(dtype))
+            comm.all_gather(out, share(rank, 0), codec=codec)
+            assert torch.equal(out, torch.cat([got(a, 0) for a in range(world)]).to(dtype))
             assert_agreed(out)
 
             out = torch.empty(world * numel, dtype=dtype)
-            comm.all_to_all(out, torch.cat(shares[rank]), codec=codec)
-            assert torch.equal(out, torch.cat([row[rank] for row in got]).to(dtype))
+            comm.all_to_all(out, mine, codec=codec)
+            assert torch.equal(out, torch.cat([got(a, rank) for a in range(world)]).to(dtype))
 
-            x = shares[rank][0].clone()
+            x = share(rank, 0).clone()
             comm.broadcast(x, src=world - 1, codec=codec)
-            assert torch.equal(x, got[world - 1][0].to(dtype))
+            assert torch.equal(x, got(world - 1, 0).to(dtype))
 
         sizes = [[(a * b * 700) // (1 + a + b) for b in range(world)] for a in range(world)]  # rank 0 sends nothing
         parts = [[value(a, sizes[a][b], dtype, salt=b) for b in range(world)] for a in range(world)]
