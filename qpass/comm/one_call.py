@@ -135,8 +135,8 @@ class OneCall:
             )
 
         def plain() -> Any:
-            dist.all_reduce(x, dist.ReduceOp.SUM, self.group.process_group)
-            return dist.all_reduce(x, dist.ReduceOp.SUM, across.process_group, self.async_op)
+            dist.all_reduce(x, self.op, self.group.process_group)
+            return dist.all_reduce(x, self.op, across.process_group, self.async_op)
 
         if self.async_op:
             across.twin()

@@ -160,7 +160,7 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
         return [(low + high * 16).to(torch.uint8)]
     *quarters, last = codes.chunk(4, dim=1)
     two_bits = ((last * times) & 0xC0 for times in (64, 16, 4))
-    return [(quarter + bits).to(torch.uint8) for quarter, bits in zip(quarters, two_bits, strict=True)]
+    return [(quarter + two).to(torch.uint8) for quarter, two in zip(quarters, two_bits, strict=True)]
 
 
 def unpack(codes: Tensor, bits: int) -> list[Tensor]:

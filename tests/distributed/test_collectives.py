@@ -124,6 +124,12 @@ def declined_calls(rank: int, world: int) -> None:
             for out, right in zip(outs[:2], expected[:2], strict=True):  # torch's own sums have an order of their own
                 size = sum(x.abs() for x in got)
                 assert ((out - right).abs() <= 2.0**-22 * size).all()
+    if world > 2:
+        mesh = dist.init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("across", "inside"))
+        for op, divisor in (("sum", 1), ("avg", world)):
+            x = inputs[rank].clone()
+            comm.all_reduce(x, op, mesh, "int4", link=fast)
+            assert ((x - summed(inputs, divisor)).abs() <= world * 2.0**-23 * sum(y.abs() for y in inputs)).all()
     with pytest.raises(AgreementError, match=r"schedule: .*'plain'"):
         comm.all_reduce(torch.ones(3000), link=(fast, slow)[rank % 2])
 
