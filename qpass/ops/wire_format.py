@@ -107,6 +107,11 @@ class WireFormat:
         return 1 if self.is_cast or self.hadamard else {8: 1, 6: 4, 4: 2}[self.bits]
 
     @property
+    def code_pieces(self) -> int:
+        """Equal pieces that the bytes of a row's codes are encoded in: what 6 bits spread over three bytes."""
+        return 3 if self.bits == 6 else 1
+
+    @property
     def row(self) -> int:
         """Elements of a row: whole blocks, about 128 elements or more; 1 where there are no blocks.
 
