@@ -21,7 +21,7 @@ from qpass.config import Config
 from qpass.errors import ConfigError, QpassError, StrictError, near
 from qpass.graph.constants import Constants
 from qpass.graph.normalize import normalize
-from qpass.graph.record import graph_record, record_of, set_record
+from qpass.graph.record import GraphRecord, graph_record, record_of, set_record
 from qpass.graph.regions import regions
 from qpass.inductor import compile_lowered, compile_plain
 from qpass.lower import lower_graph
@@ -57,21 +57,25 @@ class Backend:
         training = _is_training(example_inputs)
         if training or (self.config is None and not _has_qdq(gm)):
             log.info("compute is left in floating point")
-            exact = EXACT if self.comm else {}
-            post_grad = self._post_grad(graphs=1 + training)
-            return compile_plain(gm, example_inputs, post_grad, {**exact, **dict(self.inductor)})
+            if self.comm is None:
+                return compile_plain(gm, example_inputs, [], dict(self.inductor))
+            kept = fx.GraphModule({}, fx.Graph())  # for the report: Inductor's own graphs go when they are compiled
+            graph_record(kept).stage = "lowered"
+            remember(kept, (value for value in example_inputs if isinstance(value, torch.nn.Parameter)))
+            post_grad = self._post_grad(graph_record(kept), graphs=1 + training)
+            return compile_plain(gm, example_inputs, post_grad, {**EXACT, **dict(self.inductor)})
         captured = from_dynamo(gm, example_inputs)
         normalize(captured.graph_module)
         lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
         remember(lowered, (example_inputs[index] for index in captured.bindings.values()))
-        post_grad = self._post_grad(notes=graph_record(lowered).notes)
+        post_grad = self._post_grad(graph_record(lowered))
         return compile_lowered(
             lowered, example_inputs, capture=captured, decompositions=table(), post_grad=post_grad,
             config_patches={**EXACT, **dict(self.inductor)},
         )
 
-    def _post_grad(self, graphs: int = 1, notes: list[str] | None = None) -> list[CompressCollectives]:
-        return [CompressCollectives(self.comm, self.strict, graphs, notes)] if self.comm is not None else []
+    def _post_grad(self, record: GraphRecord, graphs: int = 1) -> list[CompressCollectives]:
+        return [CompressCollectives(self.comm, self.strict, graphs, record)] if self.comm is not None else []
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
         if _has_qdq(graph):

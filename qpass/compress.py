@@ -8,6 +8,7 @@ and what follows from it (:mod:`qpass.passes.lower_collectives`) are passes of t
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,18 +22,22 @@ import qpass.patterns
 from qpass.comm.codec import Codec
 from qpass.comm.policy import Policy, policy
 from qpass.errors import StrictError
-from qpass.graph.record import NodeRecord, record_of
+from qpass.graph.record import GraphRecord, NodeRecord, record_of
 from qpass.graph.source import where
 from qpass.passes.expand_codecs import ExpandCodecs
 from qpass.passes.frame import Pass
 from qpass.passes.insert_codecs import InsertCodecs
 from qpass.passes.lower_collectives import LowerCollectives
+from qpass.pipeline import PassRun, watch
 
 log = logging.getLogger(__name__)
 
 NONE = """comm was asked for, and a compiled graph has no collective
   where: default DDP and FSDP2 communicate beside the graph, from hooks
   to do: give DDP qpass.comm.ddp_hook("int8") by register_comm_hook, and FSDP2 to qpass.comm.compress_fsdp"""
+
+UNSEEN = """Inductor's cache served a graph, so what became of its collectives is not known here: \
+compile under qpass.record(), which does without the cache"""
 
 
 def compress(
@@ -48,9 +53,15 @@ def compress(
     """
     # What others rounded or cast is sent narrow first, so that nothing is rounded twice on its way.
     steps: list[Pass] = [LowerCollectives(), InsertCodecs(policy(comm)), LowerCollectives()]
+    watching = watch(gm, "lowered")
     for step in [*steps, *([ExpandCodecs()] if expand else [])]:
-        if step.run(gm):
+        start = time.perf_counter()
+        changes = step.run(gm)
+        if changes:
             gm.graph.eliminate_dead_code()
+        run = PassRun(step.name, changes, time.perf_counter() - start)
+        for after in watching:
+            after(gm, run)
     gm.graph.lint()
     missed = [(node, record) for node, record in _decided(gm) if record.is_missed]
     if strict and missed:
@@ -70,14 +81,18 @@ class CompressCollectives(CustomGraphPass):
     """:func:`compress` in Inductor, once for each graph of a compilation: ``graphs`` of them, 2 in training.
 
     Warns of what the policy wants and the rules decline, and after the last graph where none had a collective. Every
-    decision is a line of the log, and of ``notes``, if given. A graph that Inductor's cache serves is not seen again.
+    decision is a line of the log, and is kept in ``record``, for the report. A graph that Inductor's cache serves is
+    not seen again, and the report says so.
     """
 
-    def __init__(self, comm: Policy, strict: bool = False, graphs: int = 1, notes: list[str] | None = None) -> None:
+    def __init__(
+        self, comm: Policy, strict: bool = False, graphs: int = 1, record: GraphRecord | None = None
+    ) -> None:
         self.policy = comm
         self.strict = strict
         self.remaining = graphs
-        self.notes = [] if notes is None else notes
+        self.record = GraphRecord() if record is None else record
+        self.record.notes += [UNSEEN] * graphs
         self.seen = 0
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -90,7 +105,9 @@ class CompressCollectives(CustomGraphPass):
         said = [f"{r.op} of {r.module or r.line}: {r.kernel or 'sent plain'}: {r.reason}" for r in found]
         for line in said:
             log.info(line)
-        self.notes += said
+        self.record.collectives += found
+        if UNSEEN in self.record.notes:
+            self.record.notes.remove(UNSEEN)
         missed = [line for line, record in zip(said, found, strict=True) if record.is_missed]
         if missed:
             warnings.warn("qpass left collectives uncompressed:\n  " + "\n  ".join(missed), stacklevel=2)

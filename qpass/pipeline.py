@@ -39,6 +39,19 @@ WATCHERS: list[Watcher] = []
 """Asked at the start of every pipeline; those that watch see the graph then and after each pass, untimed."""
 
 
+def is_watched() -> bool:
+    """Whether somebody wants to see the passes that run now."""
+    return any(watcher.is_watching() for watcher in WATCHERS)
+
+
+def watch(gm: fx.GraphModule, stage: Stage) -> list[Callable[[fx.GraphModule, PassRun], None]]:
+    """Show ``gm`` to all who watch, before its passes run; returns what is to be called after each of them."""
+    watching = [watcher for watcher in WATCHERS if watcher.is_watching()]
+    for watcher in watching:
+        watcher.start(gm, stage)
+    return [watcher.after for watcher in watching]
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """``passes`` run in order over a graph and all its regions; the result is at ``stage`` and obeys its spec.
@@ -58,9 +71,7 @@ class Pipeline:
         The caller rebuilds ``gm`` when all is done, which generates its code.
         """
         runs = []
-        watching = [watcher for watcher in WATCHERS if watcher.is_watching()]
-        for watcher in watching:
-            watcher.start(gm, self.stage)
+        watching = watch(gm, self.stage)
         for step in self.passes:
             start = time.perf_counter()
             changes = 0
@@ -73,7 +84,7 @@ class Pipeline:
                 changes += changed
             runs.append(PassRun(step.name, changes, time.perf_counter() - start))
             log.debug("%s: %d changes in %.1f ms", step.name, changes, runs[-1].seconds * 1e3)
-            for callback in (*between, *(watcher.after for watcher in watching)):
+            for callback in (*between, *watching):
                 callback(gm, runs[-1])
         graph_record(gm).stage = self.stage
         verify(gm, self.stage)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import _functional_collectives as funcol
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lockstep as send
 import qpass
@@ -17,10 +21,19 @@ from lockstep import lockstep, text, traced, value
 from qpass import compress as module
 from qpass.backend import qpass_backend
 from qpass.comm import Policy, codec
-from qpass.compress import CompressCollectives, collectives, compress
+from qpass.compress import UNSEEN, CompressCollectives, collectives, compress
 from qpass.errors import ConfigError, InputError, StrictError
+from qpass.graph.record import GraphRecord
 
 ALL = Policy("int8", min_bytes=0)
+
+
+@pytest.fixture
+def group_of_two() -> Iterator[None]:
+    """A process group whose other rank is pretended: graphs are those of two ranks, and nothing is sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
 
 
 def mixed(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,15 +104,60 @@ def test_a_compilation_without_collectives_names_the_hooks() -> None:
 
 
 def test_a_compilation_warns_of_what_was_wanted_and_not_done() -> None:
-    notes: list[str] = []
+    record = GraphRecord()
     missed = "all_reduce of block: sent plain: a max cannot be taken over payloads"
     with pytest.warns(UserWarning, match=f"qpass left collectives uncompressed:\n  {missed}$"):
-        CompressCollectives(ALL, notes=notes)(traced(mixed, value(0, 4, 50)).graph)
-    assert notes == [
-        "all_reduce of block: all_gather of int8:128:bf16, summed: 800 -> 260 bytes",
-        missed,
-        "all_gather of block: sent plain: values of int64 travel as they are",
+        CompressCollectives(ALL, record=record)(traced(mixed, value(0, 4, 50)).graph)
+    assert [(found.op, found.outcome, found.reason) for found in record.collectives] == [
+        ("all_reduce", "lowered", "800 -> 260 bytes"),
+        ("all_reduce", "float", "a max cannot be taken over payloads"),
+        ("all_gather", "float", "values of int64 travel as they are"),
     ]
+
+
+def test_a_recording_sees_the_passes_over_a_graph() -> None:
+    with qpass.record() as passes:
+        compress(traced(mixed, value(0, 4, 50)), ALL)
+    assert [(found.name, found.changes) for found in passes] == [
+        ("lower_collectives", 0), ("insert_codecs", 1), ("lower_collectives", 1)
+    ]  # fmt: skip
+    sent = passes["lower_collectives"].diff
+    assert (sent.before.sent_bytes, sent.after.sent_bytes) == (800 + 800 + 1600, 260 + 800 + 1600)
+
+
+@pytest.mark.parametrize("config", [None, "int8_dynamic"], ids=["float", "int8"])
+def test_the_report_of_a_compiled_model_says_what_it_sends(group_of_two: None, config: str | None) -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.linear(x)
+            dist.all_reduce(y)
+            return y, funcol.all_reduce(x, "max", dist.group.WORLD)
+
+    options = {"comm": Policy("int8", min_bytes=2048), "config": config}
+    with qpass.record() as passes, torch.no_grad(), warnings.catch_warnings(record=True) as warned:
+        model = torch.compile(Summed(), backend="qpass", options=options)
+        model(torch.randn(16, 64))
+    assert sum("a max cannot be taken over payloads" in str(warning.message) for warning in warned) == 1
+    assert passes["insert_codecs"].changes == 1
+    report = qpass.report(model)
+    assert (report.sent(), report.sent("lowered")) == (2, 1)
+    assert "  collectives 1 of 2 compressed\n" in str(report)
+    assert "all_gather of int8:128:bf16, summed 2,048 -> 520 bytes" in str(report)
+    assert "sent plain x1: a max cannot be taken over payloads" in str(report)
+    assert UNSEEN not in report.notes
+    assert [row.op for row in report.missed if row.sent] == ["all_reduce"]
+
+
+def test_a_report_admits_what_the_cache_hides() -> None:
+    record = GraphRecord()
+    compiling = CompressCollectives(ALL, graphs=2, record=record)
+    assert record.notes == [UNSEEN] * 2  # none is compiled yet
+    compiling(traced(send.all_reduce, value(0, 4)).graph)
+    assert record.notes == [UNSEEN]
 
 
 def test_the_backend_says_so_too() -> None:

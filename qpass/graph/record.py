@@ -60,13 +60,17 @@ class NodeRecord:
 
 @dataclass
 class GraphRecord:
-    """The state of a whole graph: its stage, the configuration it was prepared with, and notes worth reporting."""
+    """The state of a whole graph: its stage, the configuration it was prepared with, and notes worth reporting.
+
+    ``collectives`` are the decisions about those of a compiled graph, which is gone when somebody asks for a report.
+    """
 
     stage: Stage = "captured"
     config: Any = None
     target: str = ""
     float_bytes: int = 0
     notes: list[str] = field(default_factory=list)
+    collectives: list[NodeRecord] = field(default_factory=list)
 
 
 def record_of(node: fx.Node) -> NodeRecord | None:

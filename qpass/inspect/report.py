@@ -19,7 +19,7 @@ from qpass.graph.edit import get_constant
 from qpass.graph.record import GRAPH_KEY, GraphRecord
 from qpass.graph.regions import regions
 from qpass.graph.text import target_name
-from qpass.inspect.operations import Row, operations
+from qpass.inspect.operations import Row, collectives, operations
 from qpass.inspect.report_html import html
 from qpass.inspect.report_text import render
 from qpass.inspect.sqnr import sqnr
@@ -48,9 +48,16 @@ class Report:
     graphs: int = 1
 
     def count(self, *outcomes: str) -> int:
-        """The number of operations with one of these outcomes; of all but the exact ones when none is named."""
+        """The number of operations with one of these outcomes; of all but the exact ones when none is named.
+
+        Collectives are counted by `sent`.
+        """
         wanted = outcomes or ("quantized", "lowered", "float", "unaccounted")
-        return sum(row.count for row in self.rows if row.outcome in wanted and not row.fused)
+        return sum(row.count for row in self.rows if row.outcome in wanted and not row.fused and not row.sent)
+
+    def sent(self, *outcomes: str) -> int:
+        """The number of collectives with one of these outcomes ("lowered": compressed); of all when none is named."""
+        return sum(row.sent and (not outcomes or row.outcome in outcomes) for row in self.rows)
 
     @property
     def missed(self) -> tuple[Row, ...]:
@@ -101,7 +108,10 @@ def report_graphs(graphs: Sequence[fx.GraphModule], strict: bool = False) -> Rep
     found = Report(
         stage=", ".join(dict.fromkeys(record.stage for record in records)),
         target=", ".join(dict.fromkeys(record.target for record in records if record.target)),
-        rows=tuple(row for region, record in parts for row in operations(region, record.stage)),
+        rows=(
+            *(row for region, record in parts for row in operations(region, record.stage)),
+            *(row for record in records for row in collectives(record.collectives)),
+        ),
         bytes_before=sum(record.float_bytes for record in records),
         bytes_after=constant_bytes(every_region),
         leftover=_leftover(every_region),

@@ -20,6 +20,9 @@ WORDS = {
     "exact": "exact",
     "unaccounted": "unaccounted",
 }
+SENT = {"lowered": "compressed", "quantized": "rounded, sent plain", "float": "sent plain"}
+"""The same words for collectives."""
+
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole step of a dotted path
 
 
@@ -81,11 +84,15 @@ def headline(report: Report) -> list[str]:
     title = f"qpass report: {report.stage}"
     title += f" for {report.target}" if report.target else ""
     title += f", {report.graphs} graphs" if report.graphs > 1 else ""
-    lines = [title, f"  operations  {done}, {', '.join(rest)}"]
+    lines = [title]
+    lines += [f"  operations  {done}, {', '.join(rest)}"] if total or not report.sent() else []
     besides = [f"{fused} fused into the one before"] if fused else []
     besides += [f"{moved} only move values"] if moved else []
     lines += [f"              besides, {' and '.join(besides)}"] if besides else []
-    lines.append(f"  constants   {_bytes(report.bytes_before)} -> {_bytes(report.bytes_after)}{_percent(report)}")
+    if report.sent():
+        lines.append(f"  collectives {report.sent('lowered')} of {report.sent()} compressed")
+    if total or not report.sent():
+        lines.append(f"  constants   {_bytes(report.bytes_before)} -> {_bytes(report.bytes_after)}{_percent(report)}")
     if report.sqnr is not None:
         lines.append(f"  SQNR        {report.sqnr:.1f} dB")
     return lines
@@ -109,7 +116,7 @@ def per_operation(report: Report) -> list[list[str]]:
     counts: dict[str, Counter[str]] = {}
     kernels: dict[str, dict[str, None]] = {}
     for row in report.rows:
-        if not row.fused:
+        if not row.fused and not row.sent:
             counts.setdefault(row.op, Counter())[row.outcome] += row.count
             kernels.setdefault(row.op, {}).update({row.kernel: None} if row.kernel else {})
     lines = [
@@ -125,7 +132,7 @@ def per_module(report: Report, reasons: dict[tuple[str, str], int]) -> list[list
     for row in report.rows:
         if row.outcome == "exact" or row.fused:
             continue
-        groups.setdefault((row.op, WORDS[row.outcome], _how(row, reasons)), []).append(row)
+        groups.setdefault((row.op, _word(row), _how(row, reasons)), []).append(row)
     lines: dict[str, list[list[str]]] = {}
     for (op, outcome, what), rows in groups.items():
         counts: Counter[str] = Counter()
@@ -143,14 +150,18 @@ def _how(row: Row, reasons: dict[tuple[str, str], int]) -> str:
     if row.outcome == "lowered":
         merged = f"{row.count} in one" if row.count > 1 else ""
         return " ".join(part for part in (row.kernel, row.reason, merged) if part)
-    number = reasons.get((row.outcome, row.reason))
+    number = reasons.get((_word(row), row.reason))
     return f"[{number}]" if number else ""
 
 
+def _word(row: Row) -> str:
+    return (SENT if row.sent else WORDS)[row.outcome]
+
+
 def reasons(report: Report) -> dict[tuple[str, str], int]:
-    """(outcome, reason) -> number, for all that was not lowered, in order of appearance."""
-    told = [(row.outcome, row.reason) for row in report.rows if row.reason and not row.fused]
-    told = [reason for reason in told if reason[0] in ("float", "quantized", "unaccounted")]
+    """(what became of it, reason) -> number, for all that was not lowered, in order of appearance."""
+    rows = [row for row in report.rows if row.reason and not row.fused]
+    told = [(_word(row), row.reason) for row in rows if row.outcome in ("float", "quantized", "unaccounted")]
     return {reason: number for number, reason in enumerate(dict.fromkeys(told), 1)}
 
 
@@ -159,9 +170,9 @@ def explained(report: Report, reasons: dict[tuple[str, str], int]) -> list[str]:
     counts: Counter[tuple[str, str]] = Counter()
     for row in report.rows:
         if not row.fused:
-            counts[row.outcome, row.reason] += row.count
-    words = WORDS | {"quantized": "quantized, no kernel"}
-    lines = [f"  [{number}] {words[at[0]]} x{counts[at]}: {at[1]}" for at, number in reasons.items()]
+            counts[_word(row), row.reason] += row.count
+    words = {"quantized": "quantized, no kernel"}
+    lines = [f"  [{number}] {words.get(at[0], at[0])} x{counts[at]}: {at[1]}" for at, number in reasons.items()]
     return ["reasons", *lines] if lines else []
 
 
@@ -169,7 +180,7 @@ def remarks(report: Report) -> list[str]:
     """What is said once about the whole."""
     dtypes: Counter[str] = Counter()
     for row in report.rows:
-        if row.outcome == "float":
+        if row.outcome == "float" and not row.sent:
             dtypes[row.compute_dtype] += row.count
     lines = []
     if dtypes:
