@@ -80,6 +80,7 @@ def main() -> dict[str, Run]:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--codecs", nargs="+", default=["int8", "int4"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -93,7 +94,7 @@ def main() -> dict[str, Run]:
     runs = {"inductor": measure(torch.compile(model), x, whole, options.rounds)}
     reports = []
     with qpass.record():  # so that the reports are whole even where Inductor has the graphs in its cache
-        for codec in ("int8", "int4"):
+        for codec in options.codecs:
             compiled = torch.compile(model, backend="qpass", options={"comm": codec})
             runs[f"qpass {codec}"] = measure(compiled, x, whole, options.rounds)
             reports.append(qpass.report(compiled))

@@ -125,7 +125,7 @@ def test_a_recording_sees_the_passes_over_a_graph() -> None:
     assert (sent.before.sent_bytes, sent.after.sent_bytes) == (800 + 800 + 1600, 260 + 800 + 1600)
 
 
-@pytest.mark.parametrize("config", [None, "int8_dynamic"], ids=["float", "int8"])
+@pytest.mark.parametrize("config", [None, pytest.param("int8_dynamic", marks=pytest.mark.slow)], ids=["float", "int8"])
 def test_the_report_of_a_compiled_model_says_what_it_sends(group_of_two: None, config: str | None) -> None:
     class Summed(nn.Module):
         def __init__(self) -> None:
