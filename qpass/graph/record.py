@@ -28,6 +28,7 @@ class NodeRecord:
     ``outcome`` is "quantized" (its operands carry q/dq pairs), "lowered" (a kernel of the target runs it), "float"
     (left in floating point, ``reason`` says why) or "exact" (moves values without rounding: views, max pooling).
     ``asked``: the configuration wanted it quantized, so leaving it in float is worth an error under ``strict``.
+    ``group`` is the name of a collective's process group.
     """
 
     op: str
@@ -40,6 +41,7 @@ class NodeRecord:
     compute_dtype: torch.dtype | None = None
     size: int = 1
     asked: bool = False
+    group: str = ""
 
     @property
     def is_fused(self) -> bool:
@@ -60,17 +62,13 @@ class NodeRecord:
 
 @dataclass
 class GraphRecord:
-    """The state of a whole graph: its stage, the configuration it was prepared with, and notes worth reporting.
-
-    ``collectives`` are the decisions about those of a compiled graph, which is gone when somebody asks for a report.
-    """
+    """The state of a whole graph: its stage, the configuration it was prepared with, and notes worth reporting."""
 
     stage: Stage = "captured"
     config: Any = None
     target: str = ""
     float_bytes: int = 0
     notes: list[str] = field(default_factory=list)
-    collectives: list[NodeRecord] = field(default_factory=list)
 
 
 def record_of(node: fx.Node) -> NodeRecord | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ NOT_TRIED = "no pattern of the catalogue recognised its q/dq form, so no kernel 
 
 @dataclass(frozen=True)
 class Row:
-    """One operation of the model, or one collective of a compiled graph (``sent``).
+    """One operation of the model.
 
     ``outcome`` is "quantized" (its operands carry q/dq pairs), "lowered" (``kernel`` runs it), "float" (``reason``
     says why), "exact" (moves values without rounding) or "unaccounted" (a pass lost its record: a defect of that
@@ -46,16 +46,6 @@ class Row:
     count: int = 1
     fused: bool = False
     missed: bool = False
-    sent: bool = False
-
-
-def collectives(records: Iterable[NodeRecord]) -> Iterator[Row]:
-    """The rows of what a compiled graph sends to other ranks; a backward's name lines, since it knows no modules."""
-    for record in records:
-        yield Row(
-            record.op, record.module or record.line, record.outcome, record.kernel, record.reason, line=record.line,
-            missed=record.is_missed, sent=True,
-        )  # fmt: skip
 
 
 def operations(region: fx.GraphModule, stage: Stage) -> Iterator[Row]:

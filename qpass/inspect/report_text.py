@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qpass.inspect.operations import Row
+from qpass.inspect.transfers import per_transfer
 
 if TYPE_CHECKING:
     from qpass.inspect.report import Report
@@ -20,16 +21,13 @@ WORDS = {
     "exact": "exact",
     "unaccounted": "unaccounted",
 }
-SENT = {"lowered": "compressed", "quantized": "rounded, sent plain", "float": "sent plain"}
-"""The same words for collectives."""
-
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole step of a dotted path
 
 
 def render(report: Report) -> str:
     """The text of a report; a reason is written out once, below, and referred to by its number."""
     numbered = reasons(report)
-    tables = (per_operation(report), per_module(report, numbered))
+    tables = (per_operation(report), per_module(report, numbered), per_transfer(report.transfers))
     blocks = [headline(report), *(table(lines[0], lines[1:]) if lines else [] for lines in tables)]
     blocks += [explained(report, numbered), remarks(report)]
     return "\n\n".join("\n".join(block) for block in blocks if block)
@@ -84,18 +82,21 @@ def headline(report: Report) -> list[str]:
     title = f"qpass report: {report.stage}"
     title += f" for {report.target}" if report.target else ""
     title += f", {report.graphs} graphs" if report.graphs > 1 else ""
-    lines = [title]
-    lines += [f"  operations  {done}, {', '.join(rest)}"] if total or not report.sent() else []
+    if report.stage == "compiled":
+        return [title, "  operations  left in floating point", *_communication(report)]
+    lines = [title, f"  operations  {done}, {', '.join(rest)}"]
     besides = [f"{fused} fused into the one before"] if fused else []
     besides += [f"{moved} only move values"] if moved else []
     lines += [f"              besides, {' and '.join(besides)}"] if besides else []
-    if report.sent():
-        lines.append(f"  collectives {report.sent('lowered')} of {report.sent()} compressed")
-    if total or not report.sent():
-        lines.append(f"  constants   {_bytes(report.bytes_before)} -> {_bytes(report.bytes_after)}{_percent(report)}")
+    lines.append(f"  constants   {_bytes(report.bytes_before)} -> {_bytes(report.bytes_after)}{_percent(report)}")
     if report.sqnr is not None:
         lines.append(f"  SQNR        {report.sqnr:.1f} dB")
-    return lines
+    return lines + _communication(report)
+
+
+def _communication(report: Report) -> list[str]:
+    compressed = sum(bool(row.sent_as) for row in report.transfers)
+    return [f"  collectives {compressed} of {len(report.transfers)} compressed"] if report.transfers else []
 
 
 def _bytes(count: int) -> str:
@@ -116,7 +117,7 @@ def per_operation(report: Report) -> list[list[str]]:
     counts: dict[str, Counter[str]] = {}
     kernels: dict[str, dict[str, None]] = {}
     for row in report.rows:
-        if not row.fused and not row.sent:
+        if not row.fused:
             counts.setdefault(row.op, Counter())[row.outcome] += row.count
             kernels.setdefault(row.op, {}).update({row.kernel: None} if row.kernel else {})
     lines = [
@@ -132,7 +133,7 @@ def per_module(report: Report, reasons: dict[tuple[str, str], int]) -> list[list
     for row in report.rows:
         if row.outcome == "exact" or row.fused:
             continue
-        groups.setdefault((row.op, _word(row), _how(row, reasons)), []).append(row)
+        groups.setdefault((row.op, WORDS[row.outcome], _how(row, reasons)), []).append(row)
     lines: dict[str, list[list[str]]] = {}
     for (op, outcome, what), rows in groups.items():
         counts: Counter[str] = Counter()
@@ -150,18 +151,14 @@ def _how(row: Row, reasons: dict[tuple[str, str], int]) -> str:
     if row.outcome == "lowered":
         merged = f"{row.count} in one" if row.count > 1 else ""
         return " ".join(part for part in (row.kernel, row.reason, merged) if part)
-    number = reasons.get((_word(row), row.reason))
+    number = reasons.get((row.outcome, row.reason))
     return f"[{number}]" if number else ""
 
 
-def _word(row: Row) -> str:
-    return (SENT if row.sent else WORDS)[row.outcome]
-
-
 def reasons(report: Report) -> dict[tuple[str, str], int]:
-    """(what became of it, reason) -> number, for all that was not lowered, in order of appearance."""
-    rows = [row for row in report.rows if row.reason and not row.fused]
-    told = [(_word(row), row.reason) for row in rows if row.outcome in ("float", "quantized", "unaccounted")]
+    """(outcome, reason) -> number, for all that was not lowered, in order of appearance."""
+    told = [(row.outcome, row.reason) for row in report.rows if row.reason and not row.fused]
+    told = [reason for reason in told if reason[0] in ("float", "quantized", "unaccounted")]
     return {reason: number for number, reason in enumerate(dict.fromkeys(told), 1)}
 
 
@@ -170,9 +167,9 @@ def explained(report: Report, reasons: dict[tuple[str, str], int]) -> list[str]:
     counts: Counter[tuple[str, str]] = Counter()
     for row in report.rows:
         if not row.fused:
-            counts[_word(row), row.reason] += row.count
-    words = {"quantized": "quantized, no kernel"}
-    lines = [f"  [{number}] {words.get(at[0], at[0])} x{counts[at]}: {at[1]}" for at, number in reasons.items()]
+            counts[row.outcome, row.reason] += row.count
+    words = WORDS | {"quantized": "quantized, no kernel"}
+    lines = [f"  [{number}] {words[at[0]]} x{counts[at]}: {at[1]}" for at, number in reasons.items()]
     return ["reasons", *lines] if lines else []
 
 
@@ -180,7 +177,7 @@ def remarks(report: Report) -> list[str]:
     """What is said once about the whole."""
     dtypes: Counter[str] = Counter()
     for row in report.rows:
-        if row.outcome == "float" and not row.sent:
+        if row.outcome == "float":
             dtypes[row.compute_dtype] += row.count
     lines = []
     if dtypes:

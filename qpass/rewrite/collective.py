@@ -55,6 +55,11 @@ class Collective:
     world: int | None
 
     @property
+    def group_name(self) -> str:
+        """The name of the process group; ``""`` where the graph does not hold it."""
+        return self.group if isinstance(self.group, str) else ""
+
+    @property
     def wait(self) -> fx.Node | None:
         """The node that waits for the result, when it is the result's only reader."""
         users = list(self.node.users)

@@ -47,7 +47,7 @@ def send(edit: Editor, collective: Collective, payload: fx.Node, how: str, targe
     """Start ``target(payload, *args, group)`` in the collective's place; its record says what went instead of what."""
     issue = edit.call(target, payload, *args, collective.group, like=collective.node, before=collective.node)
     before, after = (_nbytes(node) for node in (collective.x, payload))
-    known = record_of(collective.node) or NodeRecord(collective.kind, "quantized")
+    known = record_of(collective.node) or NodeRecord(collective.kind, "quantized", group=collective.group_name)
     set_record(issue, known.but(outcome="lowered", kernel=how, reason=f"{before:,} -> {after:,} bytes"))
     return issue
 
