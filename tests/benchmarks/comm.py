@@ -2,6 +2,7 @@
 
     python tests/benchmarks/comm.py                       # codecs, and links where the machine lets us make them
     python tests/benchmarks/comm.py --only codec --json F
+    python tests/benchmarks/comm.py --compiled            # programs of torch.compile on a link of 1 Gbit/s
 
 A link is a network namespace for each rank, a veth pair each, a bridge between them, and ``tc tbf`` on every rank's
 end: bytes leave a rank at the rate given and not faster. That needs root and iproute2; what was made is removed again.
@@ -39,6 +40,7 @@ SYSTEMS = {
     4: ("dist.all_reduce", "int8.all_reduce", "int4.all_reduce"),
 }  # fmt: skip
 ROUNDS = 3
+COMPILED_ROUNDS = 7
 
 
 def codec_rows() -> list[Row]:
@@ -62,11 +64,57 @@ def codec_rows() -> list[Row]:
 
 def link_rows(world: int, mbit: int, size: int) -> list[Row]:
     case = f"{size // MIB} MiB, {world} ranks, {mbit} Mbit/s"
-    why_not = no_links()
-    if why_not:
-        return [Row(case, "all", "failed", why_not, "")]
+    try:
+        lines = on_link(world, mbit, "--size", str(size))
+    except RuntimeError as error:
+        return [Row(case, "all", "failed", str(error), "")]
+    return [
+        row
+        for system, milliseconds, megabytes in lines
+        for row in (
+            Row(case, system, "latency_median", float(milliseconds), "ms"),
+            Row(case, system, "sent", float(megabytes), "MB a rank"),
+        )
+    ]
+
+
+def compiled_rows(world: int, mbit: int, rounds: int) -> list[Row]:
+    """Step times of compiled programs, and what of them is communication: see `compiled_comm`."""
+    from compiled_comm import SILENT
+
+    try:
+        lines = [
+            line for transport in ("fake", "gloo")
+            for line in on_link(world, mbit, "--compiled", "--transport", transport, "--rounds", str(rounds))
+        ]  # fmt: skip
+    except RuntimeError as error:
+        return [Row(f"{world} ranks, {mbit} Mbit/s", "all", "failed", str(error), "")]
+    steps = {(case, system): float(ms) for case, system, ms, _ in lines}
+    rows = []
+    for case, system, ms, megabytes in lines:
+        where = f"{case}, {world} ranks, {mbit} Mbit/s"
+        silent = steps[case, f"inductor{SILENT}"]
+        if system.endswith(SILENT):
+            rows.append(Row(where, system, "step", float(ms), "ms"))
+            continue
+        if not system.startswith("eager"):
+            rows.append(Row(where, system, "step", float(ms), "ms"))
+        alone = float(ms) if system.startswith("eager") else float(ms) - silent
+        rows.append(Row(where, system, "communication", round(alone, 2), "ms"))
+        rows.append(Row(where, system, "sent", float(megabytes), "MB a rank"))
+    return rows
+
+
+def on_link(world: int, mbit: int, *arguments: str) -> list[list[str]]:
+    """Run this file with ``arguments`` as every rank of a link; the fields of the lines that rank 0 wrote.
+
+    Raises:
+        RuntimeError: no link can be made here, or a rank failed.
+    """
+    if why_not := no_links():
+        raise RuntimeError(why_not)
     with link(world, mbit) as namespaces, tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--rank-of", str(world), "--size", str(size), "--folder", folder]
+        command = [sys.executable, __file__, "--rank-of", str(world), "--folder", folder, *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
         ranks = [
             subprocess.Popen(["ip", "netns", "exec", name, *command, "--rank", str(rank)], env=environment)
@@ -78,16 +126,8 @@ def link_rows(world: int, mbit: int, size: int) -> list[Row]:
             for process in ranks:
                 process.kill()
         if any(codes):
-            return [Row(case, "all", "failed", f"exit codes {codes}", "")]
-        lines = [line.split() for line in Path(folder, "figures").read_text().splitlines()]
-    return [
-        row
-        for system, milliseconds, megabytes in lines
-        for row in (
-            Row(case, system, "latency_median", float(milliseconds), "ms"),
-            Row(case, system, "sent", float(megabytes), "MB a rank"),
-        )
-    ]
+            raise RuntimeError(f"exit codes {codes}")
+        return [line.split("\t") for line in Path(folder, "figures").read_text().splitlines()]
 
 
 def rank_main(rank: int, world: int, size: int, folder: str) -> None:
@@ -123,7 +163,7 @@ def rank_main(rank: int, world: int, size: int, folder: str) -> None:
             call()
             times.append(1e3 * (time.perf_counter() - start))
             sent = bytes_sent() - before
-        lines.append(f"{system} {statistics.median(times):.1f} {sent / 1e6:.2f}")
+        lines.append(f"{system}\t{statistics.median(times):.1f}\t{sent / 1e6:.2f}")
     dist.barrier()
     if rank == 0:
         Path(folder, "figures").write_text("\n".join(lines))
@@ -173,20 +213,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--only", choices=["codec", "link"])
+    parser.add_argument("--compiled", action="store_true", help="programs of torch.compile, and nothing else")
+    parser.add_argument("--rounds", type=int, default=COMPILED_ROUNDS, help="steps of each compiled program")
+    parser.add_argument("--transport", help=argparse.SUPPRESS)
     for name in ("--rank", "--rank-of", "--size"):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rank_of and options.compiled:
+        import compiled_comm
+
+        place = (options.rank, options.rank_of, options.folder)
+        compiled_comm.rank_main(*place, options.transport, options.rounds, bytes_sent)
+        return
     if options.rank_of:
         rank_main(options.rank, options.rank_of, options.size, options.folder)
         return
-    rows: list[Row] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # through every `finally`: links are removed
+    if options.compiled:
+        rows = compiled_rows(2, 1000, options.rounds)
+        print_table(rows, ratio_of="communication", ratio_to="inductor")
+        write_json(options.json, rows)
+        return
+    rows = []
     if options.only != "link":
         measured = codec_rows()
         print_table(measured, ratio_of="latency_median", ratio_to="copy")
         rows += measured
     if options.only != "codec":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # through every `finally`: links are removed
         for world, mbit, size in LINKS:
             measured = link_rows(world, mbit, size)
             print_table(measured, ratio_of="latency_median", ratio_to="dist.all_reduce")
