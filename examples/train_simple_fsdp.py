@@ -38,7 +38,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         for name, parameter in list(module.named_parameters(recurse=False)):
             part = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)]))
             setattr(module, name, part)
-            register_parametrization(module, name, Gathered(), unsafe=True)  # unsafe: it does change the shape
+            register_parametrization(module, name, Gathered(), unsafe=True)  # unsafe: a DTensor becomes a plain tensor
     return model
 
 
