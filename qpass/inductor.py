@@ -22,7 +22,7 @@ from qpass.graph.edit import copy_graph_module, fake_mode_of, get_constant
 from qpass.graph.misdescribed import spell_out
 from qpass.graph.regions import operands_of, regions
 from qpass.opaque import hide
-from qpass.pipeline import is_watched
+from qpass.pipeline import is_recorded
 from qpass.refresh import LiveConstants, pick
 
 UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
@@ -186,4 +186,4 @@ def _after(post_grad: Sequence[CustomGraphPass]) -> dict[str, Any]:
     configured = inductor_config.post_grad_custom_post_pass or ()
     first = configured if isinstance(configured, (list, tuple)) else (configured,)
     # Of a graph that the cache serves there would be nothing to see.
-    return {"post_grad_custom_post_pass": [*first, *post_grad], **(UNCACHED if is_watched() else {})}
+    return {"post_grad_custom_post_pass": [*first, *post_grad], **(UNCACHED if is_recorded() else {})}

@@ -31,6 +31,7 @@ class Watcher(Protocol):
     """Somebody who wants to see what the passes of this process do; see :data:`WATCHERS`."""
 
     def is_watching(self) -> bool: ...
+    def is_recording(self) -> bool: ...
     def start(self, gm: fx.GraphModule, stage: Stage) -> None: ...
     def after(self, gm: fx.GraphModule, run: PassRun) -> None: ...
 
@@ -39,9 +40,9 @@ WATCHERS: list[Watcher] = []
 """Asked at the start of every pipeline; those that watch see the graph then and after each pass, untimed."""
 
 
-def is_watched() -> bool:
-    """Whether somebody wants to see the passes that run now."""
-    return any(watcher.is_watching() for watcher in WATCHERS)
+def is_recorded() -> bool:
+    """Whether somebody waits for the passes that would run now: then no cache may spare them."""
+    return any(watcher.is_recording() for watcher in WATCHERS)
 
 
 def watch(gm: fx.GraphModule, stage: Stage) -> list[Callable[[fx.GraphModule, PassRun], None]]:
