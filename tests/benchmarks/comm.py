@@ -3,6 +3,7 @@
     python tests/benchmarks/comm.py                       # codecs, and links where the machine lets us make them
     python tests/benchmarks/comm.py --only codec --json F
     python tests/benchmarks/comm.py --only link --ranks 4
+    python tests/benchmarks/comm.py --compiled            # programs of torch.compile on a link of 1 Gbit/s
 
 A link is a network namespace for each rank, a veth pair each, a bridge between them, and ``tc tbf`` on every rank's
 end: bytes leave a rank at the rate given and not faster. That needs root and iproute2; what was made is removed again.
@@ -51,6 +52,7 @@ SYSTEMS = {
     (2, LOOPBACK): ("dist.all_reduce", "int8.all_reduce", "int8 if it pays.all_reduce"),
 }  # fmt: skip
 ROUNDS = {1000: 3, 200: 3, LOOPBACK: 15}
+COMPILED_ROUNDS = 7
 
 
 def codec_rows() -> list[Row]:
@@ -74,13 +76,61 @@ def codec_rows() -> list[Row]:
 
 def link_rows(world: int, mbit: int, size: int) -> list[Row]:
     case = f"{size // MIB} MiB, {world} ranks, " + (f"{mbit} Mbit/s" if mbit else "loopback")
-    why_not = no_links()
-    if mbit and why_not:
-        return [Row(case, "all", "failed", why_not, "")]
+    try:
+        lines = on_link(world, mbit, "--size", str(size))
+    except RuntimeError as error:
+        return [Row(case, "all", "failed", str(error), "")]
+    return [
+        row
+        for system, milliseconds, megabytes in lines
+        for row in (
+            Row(case, system, "latency_median", float(milliseconds), "ms"),
+            Row(case, system, "sent", float(megabytes), "MB a rank"),
+        )
+    ]
+
+
+def compiled_rows(world: int, mbit: int, rounds: int) -> list[Row]:
+    """Step times of compiled programs, and what of them is communication: see `compiled_comm`."""
+    from compiled_comm import SILENT
+
+    try:
+        lines = [
+            line for transport in ("fake", "gloo")
+            for line in on_link(world, mbit, "--compiled", "--transport", transport, "--rounds", str(rounds))
+        ]  # fmt: skip
+    except RuntimeError as error:
+        return [Row(f"{world} ranks, {mbit} Mbit/s", "all", "failed", str(error), "")]
+    steps = {(case, system): float(ms) for case, system, ms, _ in lines}
+    rows = []
+    for case, system, ms, megabytes in lines:
+        where = f"{case}, {world} ranks, {mbit} Mbit/s"
+        silent = steps[case, f"inductor{SILENT}"]
+        if system.endswith(SILENT):
+            rows.append(Row(where, system, "step", float(ms), "ms"))
+            continue
+        if not system.startswith("eager"):
+            rows.append(Row(where, system, "step", float(ms), "ms"))
+        alone = float(ms) if system.startswith("eager") else float(ms) - silent
+        rows.append(Row(where, system, "communication", round(alone, 2), "ms"))
+        rows.append(Row(where, system, "sent", float(megabytes), "MB a rank"))
+    return rows
+
+
+def on_link(world: int, mbit: int, *arguments: str) -> list[list[str]]:
+    """Run this file with ``arguments`` as every rank; the fields of the lines that rank 0 wrote.
+
+    At 0 Mbit/s the ranks meet on the loopback device.
+
+    Raises:
+        RuntimeError: no link can be made here, or a rank failed.
+    """
+    if mbit and (why_not := no_links()):
+        raise RuntimeError(why_not)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        options = {"--rank-of": world, "--size": size, "--mbit": mbit, "--folder": folder}
-        command = [sys.executable, __file__, *(str(part) for option in options.items() for part in option)]
+        options = ["--rank-of", str(world), "--mbit", str(mbit), "--folder", folder, *arguments]
+        command = [sys.executable, __file__, *options]
         inside = [["ip", "netns", "exec", name] for name in stack.enter_context(link(world, mbit))] if mbit else None
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0" if mbit else "lo"}
         ranks = [
@@ -93,16 +143,8 @@ def link_rows(world: int, mbit: int, size: int) -> list[Row]:
             for process in ranks:
                 process.kill()
         if any(codes):
-            return [Row(case, "all", "failed", f"exit codes {codes}", "")]
-        lines = [line.rsplit(maxsplit=2) for line in Path(folder, "figures").read_text().splitlines()]
-    return [
-        row
-        for system, milliseconds, megabytes in lines
-        for row in (
-            Row(case, system, "latency_median", float(milliseconds), "ms"),
-            Row(case, system, "sent", float(megabytes), "MB a rank"),
-        )
-    ]
+            raise RuntimeError(f"exit codes {codes}")
+        return [line.split("\t") for line in Path(folder, "figures").read_text().splitlines()]
 
 
 def rank_main(rank: int, world: int, mbit: int, size: int, folder: str) -> None:
@@ -124,7 +166,7 @@ def rank_main(rank: int, world: int, mbit: int, size: int, folder: str) -> None:
             sent[system] = bytes_sent() - before
     dist.barrier()
     if rank == 0:
-        lines = [f"{system} {statistics.median(times[system]):.2f} {sent[system] / 1e6:.2f}" for system in calls]
+        lines = [f"{system}\t{statistics.median(times[system]):.2f}\t{sent[system] / 1e6:.2f}" for system in calls]
         Path(folder, "figures").write_text("\n".join(lines))
     dist.destroy_process_group()
 
@@ -195,20 +237,34 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--only", choices=["codec", "link"])
     parser.add_argument("--ranks", type=int, help="only the links of so many ranks")
+    parser.add_argument("--compiled", action="store_true", help="programs of torch.compile, and nothing else")
+    parser.add_argument("--rounds", type=int, default=COMPILED_ROUNDS, help="steps of each compiled program")
+    parser.add_argument("--transport", help=argparse.SUPPRESS)
     for name in ("--rank", "--rank-of", "--size", "--mbit"):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rank_of and options.compiled:
+        import compiled_comm
+
+        place = (options.rank, options.rank_of, options.folder)
+        compiled_comm.rank_main(*place, options.transport, options.rounds, bytes_sent)
+        return
     if options.rank_of:
         rank_main(options.rank, options.rank_of, options.mbit, options.size, options.folder)
         return
-    rows: list[Row] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # through every `finally`: links are removed
+    if options.compiled:
+        rows = compiled_rows(2, 1000, options.rounds)
+        print_table(rows, ratio_of="communication", ratio_to="inductor")
+        write_json(options.json, rows)
+        return
+    rows = []
     if options.only != "link":
         measured = codec_rows()
         print_table(measured, ratio_of="latency_median", ratio_to="copy")
         rows += measured
     if options.only != "codec":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # through every `finally`: links are removed
         for world, mbit, size in LINKS:
             if options.ranks not in (None, world):
                 continue

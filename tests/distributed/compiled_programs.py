@@ -109,6 +109,34 @@ def user_function(rank: int, world: int) -> None:
         assert all(torch.equal(other, everywhere(result)[0]) for other in everywhere(result))
 
 
+def in_pieces(rank: int, world: int) -> None:
+    """Large tensors go in pieces, the last of them shorter, and none of their bits changes."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        summed, gathered, scattered = x * 2, x.new_empty(world * 10, 77), x.new_empty(5, 77)
+        dist.all_reduce(summed)
+        dist.all_gather_into_tensor(gathered, x * 3)
+        dist.reduce_scatter_tensor(scattered, x * 4)
+        return summed, gathered + 1, scattered
+
+    comm.pieces.CHUNK = 128  # so that small tensors, too, go in pieces
+    x = value(rank, 10, 77)
+    with Watch() as watch:
+        summed, gathered, scattered = torch.compile(function, backend="qpass", options=ALL)(x)
+    comm.pieces.CHUNK = comm.schedule.CHUNK
+    assert watch.after == [{}]  # 770 elements are 7 rows, each half of them 4
+    assert [(record.kernel.rpartition(", ")[2], record.reason) for record in watch.decisions] == [
+        ("in 4 pieces", "3,080 -> 910 bytes"), ("in 4 pieces", "3,080 -> 910 bytes"),
+        ("in 4 pieces", "3,080 -> 1,040 bytes"),
+    ]  # fmt: skip
+    expected, parts, part = x * 2, x.new_empty(world * 10, 77), x.new_empty(5, 77)
+    comm.all_reduce(expected, codec=INT8)
+    comm.all_gather(parts, x * 3, codec=INT8)
+    comm.reduce_scatter(part, x * 4, codec=INT8)
+    for found, one in ((summed, expected), (gathered, parts + 1), (scattered, part)):
+        assert torch.equal(found, one)
+
+
 def tensor_parallel(rank: int, world: int) -> None:
     """Megatron's two linears: one all_reduce behind the second one."""
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 48)).requires_grad_(False)
