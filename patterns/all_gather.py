@@ -10,7 +10,7 @@ from torch import fx
 
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
-from qpass.rewrite.coded import decoded
+from qpass.rewrite.coded import decoded, shape_of
 from qpass.rewrite.collective import WAIT, c10d, ops
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
@@ -37,11 +37,13 @@ class GatherPayloads(Rule):
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
         collective = issued_by(m.root)
-        coded, val, place = payload_of(collective, 1), m.root.meta["val"], {"like": m.root, "before": m.root}
+        coded, place = payload_of(collective, 1), {"like": m.root, "before": m.root}
+        first, *rest = shape_of(edit, collective.x, **place)
         how = f"all_gather of {coded.wire}"
         issue = send(edit, collective, coded.payload, how, ops.all_gather_into_tensor.default, m.world)
         payloads = wait_for(edit, issue, **place)
-        return decoded(edit, payloads, coded.wire, world_of(collective), val.shape, val.dtype, **place)
+        world, dtype = world_of(collective), m.root.meta["val"].dtype
+        return decoded(edit, payloads, coded.wire, world, (first * world, *rest), dtype, **place)
 
 
 class CastBeforeGather(Rule):

@@ -8,7 +8,7 @@ from torch import fx
 
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
-from qpass.rewrite.coded import decoded
+from qpass.rewrite.coded import decoded, shape_of
 from qpass.rewrite.collective import c10d, ops
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
@@ -30,7 +30,8 @@ class BroadcastPayload(Rule):
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
         collective = issued_by(m.root)
-        coded, val, place = payload_of(collective, 1), m.root.meta["val"], {"like": m.root, "before": m.root}
+        coded, place = payload_of(collective, 1), {"like": m.root, "before": m.root}
         issue = send(edit, collective, coded.payload, f"broadcast of {coded.wire}", ops.broadcast.default, m.src)
         payload = wait_for(edit, issue, **place)
-        return decoded(edit, payload, coded.wire, 1, val.shape, val.dtype, **place)
+        shape, dtype = shape_of(edit, collective.x, **place), m.root.meta["val"].dtype
+        return decoded(edit, payload, coded.wire, 1, shape, dtype, **place)

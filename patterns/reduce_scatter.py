@@ -8,7 +8,7 @@ from torch import fx
 
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
-from qpass.rewrite.coded import reduced
+from qpass.rewrite.coded import reduced, shape_of
 from qpass.rewrite.collective import c10d
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
@@ -34,8 +34,10 @@ class ReduceScatterPayloads(Rule):
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
         collective = issued_by(m.root)
-        world, val, place = world_of(collective), m.root.meta["val"], {"like": m.root, "before": m.root}
+        world, place = world_of(collective), {"like": m.root, "before": m.root}
         coded = payload_of(collective, world)
         issue = exchange(edit, collective, coded.payload, f"all_to_all of {coded.wire}, summed", world)
         payloads = wait_for(edit, issue, **place)
-        return reduced(edit, payloads, coded.wire, world, val.shape, val.dtype, m.op == "avg", **place)
+        first, *rest = shape_of(edit, collective.x, **place)
+        own, dtype = (first // world, *rest), m.root.meta["val"].dtype
+        return reduced(edit, payloads, coded.wire, world, own, dtype, m.op == "avg", **place)

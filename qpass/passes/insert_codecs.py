@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
 
-from qpass.comm.policy import Policy
+from qpass.comm.codec import Codec
+from qpass.comm.policy import LARGE, Policy
 from qpass.comm.schedule import shots
 from qpass.graph.edit import Editor
 from qpass.graph.record import record_of, set_record
+from qpass.graph.sizes import is_data_dependent, is_known, sizes
 from qpass.passes.annotate import describe
 from qpass.passes.frame import Pass
 from qpass.patterns.reduce_scatter import SUMS
 from qpass.rewrite.coded import ENCODE, as_coded, decoded, encoded
-from qpass.rewrite.collective import EVEN_KEY, Collective, as_collective, is_other_collective
+from qpass.rewrite.collective import PARTS_KEY, Collective, as_collective, is_other_collective
+from qpass.rewrite.match import normalized
+from qpass.rewrite.parts import coded_parts, fills_rows
 from qpass.rewrite.rule import Refusal, require
 from qpass.rewrite.transfer import world_of
 
@@ -42,50 +48,71 @@ class InsertCodecs(Pass):
 
     def _visit(self, collective: Collective, edit: Editor) -> int:
         node, x = collective.node, collective.x.meta["val"]
-        if as_coded(collective.x) is not None or collective.x.target is ENCODE:  # decided by somebody else
+        known = record_of(node)
+        is_done = known is not None and known.outcome == "quantized"
+        if is_done or as_coded(collective.x) is not None or collective.x.target is ENCODE:  # by somebody else
             return 0
         if not x.dtype.is_floating_point:
-            narrowed = record_of(node) is not None  # by a rule
+            narrowed = known is not None  # by a rule
             reason = f"values of {str(x.dtype).removeprefix('torch.')} travel as they are"
             return 0 if narrowed else _leave(node, reason, asked=False)
         try:
-            require(all(isinstance(size, int) for size in x.shape), "its size is symbolic")
             world = world_of(collective)
-            numel = x.numel() * (world if collective.kind == "all_gather" else 1)
+            numel = _agreed_size(collective, world)
             decision = self.policy.decide(collective.kind, numel, x.dtype, world)
             if not decision:
                 return _leave(node, decision.reason, asked=False)
-            _check(collective)
+            _check(collective, world)
         except Refusal as refusal:
             return _leave(node, refusal.reason, asked=collective.kind in self.policy.kinds)
         wire = self.policy.codec
-        parts = world if collective.kind in ("all_to_all", "reduce_scatter") else 1
-        place = {"like": node, "before": node}
-        payload = encoded(edit, collective.x, wire, parts, **place)
-        value = decoded(edit, payload, wire, parts, x.shape, x.dtype, **place)
-        node.replace_input_with(collective.x, value)
-        if collective.kind == "all_reduce" and shots(x.numel(), wire, world) == "two_shot":
+        node.replace_input_with(collective.x, _rounded(edit, collective, wire, world))
+        if collective.kind == "all_reduce" and shots(LARGE if numel is None else numel, wire, world) == "two_shot":
             _round_sum(collective, self.policy, edit)
-        node.meta[EVEN_KEY] = True
         set_record(node, describe(node, "quantized").but(op=collective.kind, kernel=str(wire), asked=True))
         return 1
 
 
-def _check(collective: Collective) -> None:
+def _check(collective: Collective, world: int) -> None:
     """Refuse what no rule of the catalogue sends as payloads."""
     require(collective.wait is not None, "its result is read without being waited for, or more than once")
     if collective.kind in ("all_reduce", "reduce_scatter"):
         require(collective.op in SUMS, f"a {collective.op} cannot be taken over payloads")
-    require(collective.is_even, "its parts are not equal")
+    numel = collective.x.meta["val"].numel()
+    if collective.kind == "reduce_scatter" and is_data_dependent(numel):
+        require(is_known(numel % world == 0), f"its {numel} elements are not known to make {world} equal parts")
+
+
+def _rounded(edit: Editor, collective: Collective, wire: Codec, world: int) -> fx.Node:
+    """What is sent, decoded from a payload; where each rank gets a part of its own, each part from one of its own."""
+    node, x = collective.node, collective.x
+    place: Any = {"like": node, "before": node}
+    parts = world if collective.kind == "reduce_scatter" else 1
+    if collective.kind == "all_to_all":
+        node.meta[PARTS_KEY] = True
+        if not fills_rows(x, wire):
+            splits = normalized(node)["input_split_sizes"]
+            if not collective.is_even or is_data_dependent(x.meta["val"].numel()):
+                return coded_parts(edit, x, splits, wire, **place)
+            parts = world
+    payload = encoded(edit, x, wire, parts, **place)
+    return decoded(edit, payload, wire, parts, sizes(edit, x, **place), x.meta["val"].dtype, **place)
+
+
+def _agreed_size(collective: Collective, world: int) -> int | torch.SymInt | None:
+    """Elements of the whole tensor, or None where no rank can know what the others see."""
+    numel = collective.x.meta["val"].numel() * (world if collective.kind == "all_gather" else 1)
+    return None if collective.kind == "all_to_all" or is_data_dependent(numel) else numel
 
 
 def _round_sum(collective: Collective, policy: Policy, edit: Editor) -> None:
     wait = collective.wait
     assert wait is not None
-    val, readers = wait.meta["val"], list(wait.users)
-    place = {"like": wait, "before": wait.next}
+    dtype, readers = wait.meta["val"].dtype, list(wait.users)
+    place: Any = {"like": wait, "before": wait.next}
     payload = edit.call(ENCODE, wait, str(policy.codec), **place)
-    value = decoded(edit, payload, policy.codec, 1, val.shape, val.dtype, **place)
+    shape = sizes(edit, collective.x, **place)  # not of the sum, which has one reader that way
+    value = decoded(edit, payload, policy.codec, 1, shape, dtype, **place)
     for reader in readers:
         reader.replace_input_with(wait, value)
 

@@ -35,8 +35,9 @@ WAIT = ops.wait_tensor.default
 WORLD_KEY = "qpass_world"
 """``meta`` key on a collective: how many ranks its group has, for a graph that names groups this process lacks."""
 
-EVEN_KEY = "qpass_even"
-"""``meta`` key on an all_to_all: the parts are promised to be equal on every rank, which no rank's graph can tell."""
+
+PARTS_KEY = "qpass_parts"
+"""``meta`` key on an all_to_all: every rank codes each part by itself, which no rank's graph can tell of the others."""
 
 
 @dataclass(frozen=True)

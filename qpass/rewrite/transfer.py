@@ -11,6 +11,7 @@ from torch import fx
 
 from qpass.graph.edit import Editor
 from qpass.graph.record import NodeRecord, record_of, set_record
+from qpass.graph.sizes import argument, is_symbolic, sizes
 from qpass.rewrite.coded import Coded, as_coded
 from qpass.rewrite.collective import WAIT, Collective, as_collective, ops
 from qpass.rewrite.rule import Refusal, require
@@ -46,15 +47,15 @@ def issued_by(wait: fx.Node) -> Collective:
 def send(edit: Editor, collective: Collective, payload: fx.Node, how: str, target: Any, *args: Any) -> fx.Node:
     """Start ``target(payload, *args, group)`` in the collective's place; its record says what went instead of what."""
     issue = edit.call(target, payload, *args, collective.group, like=collective.node, before=collective.node)
-    before, after = (_nbytes(node) for node in (collective.x, payload))
     known = record_of(collective.node) or NodeRecord(collective.kind, "quantized")
-    set_record(issue, known.but(outcome="lowered", kernel=how, reason=f"{before:,} -> {after:,} bytes"))
+    set_record(issue, known.but(outcome="lowered", kernel=how, reason=saved(collective.x, payload)))
     return issue
 
 
 def exchange(edit: Editor, collective: Collective, payload: fx.Node, how: str, world: int) -> fx.Node:
     """Start an all_to_all of ``world`` equal parts of a payload in the collective's place, recorded as `send` does."""
-    splits = [payload.meta["val"].numel() // world] * world
+    (size,) = sizes(edit, payload, like=collective.node, before=collective.node)
+    splits = [argument(size // world)] * world
     return send(edit, collective, payload, how, ops.all_to_all_single.default, splits, splits)
 
 
@@ -63,6 +64,9 @@ def wait_for(edit: Editor, issue: fx.Node, *, like: fx.Node, before: fx.Node) ->
     return edit.call(WAIT, issue, like=like, before=before)
 
 
-def _nbytes(node: fx.Node) -> int:
-    val = node.meta["val"]
-    return int(val.numel() * val.element_size())
+def saved(values: fx.Node, payload: fx.Node) -> str:
+    """What went instead of what, in words: bytes, as far as sizes are known."""
+    before, after = (val.numel() * val.element_size() for val in (values.meta["val"], payload.meta["val"]))
+    if is_symbolic(before) or is_symbolic(after):
+        return f"{before} -> {after} bytes"
+    return f"{before:,} -> {after:,} bytes"
