@@ -14,12 +14,12 @@ from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
 from qpass.graph.sizes import argument, is_known, sizes
 from qpass.patterns.reduce_scatter import SUMS
-from qpass.rewrite.coded import ENCODE, reduced, shape_of
+from qpass.rewrite.coded import ENCODE, reduced
 from qpass.rewrite.collective import c10d, ops
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule, require
-from qpass.rewrite.transfer import exchange, issued_by, payload_of, send, wait_for, world_of
+from qpass.rewrite.transfer import exchange, issued_by, payload_of, result_shape, send, wait_for, world_of
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ class AllReduceOneShot(Rule):
         how = f"all_gather of {coded.wire}, summed"
         issue = send(edit, collective, coded.payload, how, ops.all_gather_into_tensor.default, world)
         payloads = wait_for(edit, issue, **place)
-        shape, dtype = shape_of(edit, collective.x, **place), m.root.meta["val"].dtype
+        shape, dtype = result_shape(edit, collective, **place), m.root.meta["val"].dtype
         return reduced(edit, payloads, coded.wire, world, shape, dtype, m.op == "avg", **place)
 
 

@@ -11,14 +11,14 @@ from torch import fx
 
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
-from qpass.graph.sizes import arguments, product, size, total
+from qpass.graph.sizes import arguments, product, size
 from qpass.rewrite.coded import decoded, shape_of
 from qpass.rewrite.collective import PARTS_KEY, c10d, ops
 from qpass.rewrite.expression import Expr, aten
 from qpass.rewrite.match import Match
 from qpass.rewrite.parts import as_coded_parts, decoded_parts, fills_rows, joined
 from qpass.rewrite.rule import Refusal, Rule, require
-from qpass.rewrite.transfer import exchange, issued_by, payload_of, send, wait_for, world_of
+from qpass.rewrite.transfer import exchange, issued_by, payload_of, result_shape, send, wait_for, world_of
 
 
 class ExchangeRows(Rule):
@@ -47,7 +47,7 @@ class ExchangeRows(Rule):
         issue = send(edit, collective, coded.payload, how, ops.all_to_all_single.default, bytes_out, bytes_in)
         place: Any = {"like": m.root, "before": m.root}
         payloads = wait_for(edit, issue, **place)
-        return decoded(edit, payloads, coded.wire, 1, (total(outputs), *rest), dtype, **place)
+        return decoded(edit, payloads, coded.wire, 1, result_shape(edit, collective, **place), dtype, **place)
 
 
 class ExchangePayloads(Rule):
@@ -71,7 +71,7 @@ class ExchangePayloads(Rule):
         coded = payload_of(collective, world)
         issue = exchange(edit, collective, coded.payload, f"all_to_all of {coded.wire}", world)
         payloads = wait_for(edit, issue, **place)
-        return decoded(edit, payloads, coded.wire, world, shape_of(edit, m.x, **place), dtype, **place)
+        return decoded(edit, payloads, coded.wire, world, result_shape(edit, collective, **place), dtype, **place)
 
 
 class ExchangeParts(Rule):

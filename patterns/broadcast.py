@@ -8,12 +8,12 @@ from torch import fx
 
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
-from qpass.rewrite.coded import decoded, shape_of
+from qpass.rewrite.coded import decoded
 from qpass.rewrite.collective import c10d, ops
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule
-from qpass.rewrite.transfer import issued_by, payload_of, send, wait_for
+from qpass.rewrite.transfer import issued_by, payload_of, result_shape, send, wait_for
 
 
 class BroadcastPayload(Rule):
@@ -33,5 +33,5 @@ class BroadcastPayload(Rule):
         coded, place = payload_of(collective, 1), {"like": m.root, "before": m.root}
         issue = send(edit, collective, coded.payload, f"broadcast of {coded.wire}", ops.broadcast.default, m.src)
         payload = wait_for(edit, issue, **place)
-        shape, dtype = shape_of(edit, collective.x, **place), m.root.meta["val"].dtype
+        shape, dtype = result_shape(edit, collective, **place), m.root.meta["val"].dtype
         return decoded(edit, payload, coded.wire, 1, shape, dtype, **place)

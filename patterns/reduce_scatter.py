@@ -8,12 +8,12 @@ from torch import fx
 
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
-from qpass.rewrite.coded import reduced, shape_of
+from qpass.rewrite.coded import reduced
 from qpass.rewrite.collective import c10d
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule, require
-from qpass.rewrite.transfer import exchange, issued_by, payload_of, wait_for, world_of
+from qpass.rewrite.transfer import exchange, issued_by, payload_of, result_shape, wait_for, world_of
 
 SUMS = ("sum", "avg")
 """The reductions that can be taken over decoded payloads; a maximum could, too, but saves no error."""
@@ -38,6 +38,5 @@ class ReduceScatterPayloads(Rule):
         coded = payload_of(collective, world)
         issue = exchange(edit, collective, coded.payload, f"all_to_all of {coded.wire}, summed", world)
         payloads = wait_for(edit, issue, **place)
-        first, *rest = shape_of(edit, collective.x, **place)
-        own, dtype = (first // world, *rest), m.root.meta["val"].dtype
-        return reduced(edit, payloads, coded.wire, world, own, dtype, m.op == "avg", **place)
+        shape, dtype = result_shape(edit, collective, **place), m.root.meta["val"].dtype
+        return reduced(edit, payloads, coded.wire, world, shape, dtype, m.op == "avg", **place)

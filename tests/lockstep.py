@@ -126,12 +126,20 @@ def _reduce_scatter(xs: list[Tensor], given: Given) -> list[Tensor]:
     return list(_all_reduce(xs, given)[0].chunk(len(xs)))
 
 
+def _each(one: Callable[[list[Tensor], Given], list[Tensor]]) -> Callable[[list[Any], Given], list[Any]]:
+    """The same for a list of tensors on every rank."""
+    return lambda xs, given: [list(r) for r in zip(*(one(list(x), given) for x in zip(*xs, strict=True)), strict=True)]
+
+
 _COLLECTIVES: dict[Any, Callable[[list[Any], Given], list[Any]]] = {
     ops.all_gather_into_tensor.default: _all_gather,
+    ops.all_gather_into_tensor_coalesced.default: _each(_all_gather),
     ops.all_reduce.default: _all_reduce,
+    ops.all_reduce_coalesced.default: _each(_all_reduce),
     ops.all_to_all_single.default: _all_to_all,
     ops.broadcast.default: lambda xs, given: [xs[given[0]["src"]] for _ in xs],
     ops.reduce_scatter_tensor.default: _reduce_scatter,
+    ops.reduce_scatter_tensor_coalesced.default: _each(_reduce_scatter),
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import qpass.compress
 from qpass import comm
 from qpass.graph.record import NodeRecord
-from qpass.rewrite.collective import KINDS
+from qpass.rewrite.collective import KINDS, is_other_collective
 
 INT8 = comm.codec("int8")
 ALL = {"comm": comm.Policy("int8", tuple(comm.cost.FORMS), 0)}
@@ -44,9 +44,14 @@ class Watch:
 
 
 def counted(gm: Any) -> Counter[str]:
-    """How many collectives of each kind send tensors of which dtype."""
-    sends = ((KINDS[node.target], node.args[0].meta["val"].dtype) for node in gm.graph.nodes if node.target in KINDS)
-    return Counter(f"{kind} {str(dtype).removeprefix('torch.')}" for kind, dtype in sends)
+    """How many collectives of each kind send tensors of which dtype, and of each other form there are."""
+    found: Counter[str] = Counter()
+    for node in gm.graph.nodes:
+        if node.target in KINDS:
+            found[f"{KINDS[node.target]} {str(node.args[0].meta['val'].dtype).removeprefix('torch.')}"] += 1
+        elif is_other_collective(node):
+            found[node.target.overloadpacket.__name__] += 1
+    return found
 
 
 def value(rank: int, *shape: int) -> Tensor:

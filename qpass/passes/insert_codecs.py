@@ -17,12 +17,13 @@ from qpass.graph.sizes import is_data_dependent, is_known, sizes
 from qpass.passes.annotate import describe
 from qpass.passes.frame import Pass
 from qpass.patterns.reduce_scatter import SUMS
+from qpass.rewrite.coalesced import COALESCED, NOT_WAITED, as_bucket, as_coalesced
 from qpass.rewrite.coded import ENCODE, as_coded, decoded, encoded
 from qpass.rewrite.collective import PARTS_KEY, Collective, as_collective, is_other_collective
 from qpass.rewrite.match import normalized
 from qpass.rewrite.parts import coded_parts, fills_rows
 from qpass.rewrite.rule import Refusal, require
-from qpass.rewrite.transfer import world_of
+from qpass.rewrite.transfer import free_of_sizes, world_of
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,31 @@ class InsertCodecs(Pass):
         for node in list(gm.graph.nodes):
             collective = as_collective(node)
             if collective is not None:
+                free_of_sizes(edit, collective)
                 count += self._visit(collective, edit)
+            elif node.target in COALESCED:
+                count += self._visit_list(node, edit)
             elif is_other_collective(node):
                 _leave(node, "this form of collective is not compressed", asked=True)
         return count
+
+    def _visit_list(self, node: fx.Node, edit: Editor) -> int:
+        kind, _ = COALESCED[node.target]
+        try:
+            found = as_coalesced(node)
+            if not found.dtype.is_floating_point:
+                return _leave(node, f"values of {_name(found.dtype)} travel as they are", asked=False)
+            numel = found.numel * (found.world if kind == "all_gather" else 1)
+            size = None if is_data_dependent(numel) else numel
+            decision = self.policy.decide(kind, size, found.dtype, found.world)
+            if not decision:
+                return _leave(node, decision.reason, asked=False)
+            _check_sum(kind, found.op)
+        except Refusal as refusal:
+            return _leave(node, refusal.reason, asked=kind in self.policy.kinds)
+        bucket = as_collective(as_bucket(edit, found, self.policy.codec))
+        assert bucket is not None
+        return self._visit(bucket, edit)
 
     def _visit(self, collective: Collective, edit: Editor) -> int:
         node, x = collective.node, collective.x.meta["val"]
@@ -54,7 +76,7 @@ class InsertCodecs(Pass):
             return 0
         if not x.dtype.is_floating_point:
             narrowed = known is not None  # by a rule
-            reason = f"values of {str(x.dtype).removeprefix('torch.')} travel as they are"
+            reason = f"values of {_name(x.dtype)} travel as they are"
             return 0 if narrowed else _leave(node, reason, asked=False)
         try:
             world = world_of(collective)
@@ -75,12 +97,16 @@ class InsertCodecs(Pass):
 
 def _check(collective: Collective, world: int) -> None:
     """Refuse what no rule of the catalogue sends as payloads."""
-    require(collective.wait is not None, "its result is read without being waited for, or more than once")
-    if collective.kind in ("all_reduce", "reduce_scatter"):
-        require(collective.op in SUMS, f"a {collective.op} cannot be taken over payloads")
+    require(collective.wait is not None, NOT_WAITED)
+    _check_sum(collective.kind, collective.op)
     numel = collective.x.meta["val"].numel()
     if collective.kind == "reduce_scatter" and is_data_dependent(numel):
         require(is_known(numel % world == 0), f"its {numel} elements are not known to make {world} equal parts")
+
+
+def _check_sum(kind: str, op: str) -> None:
+    if kind in ("all_reduce", "reduce_scatter"):
+        require(op in SUMS, f"a {op} cannot be taken over payloads")
 
 
 def _rounded(edit: Editor, collective: Collective, wire: Codec, world: int) -> fx.Node:
@@ -124,3 +150,7 @@ def _leave(node: fx.Node, reason: str, asked: bool) -> int:
     record = describe(node, "float", reason=reason).but(asked=asked)
     set_record(node, record.but(op=found.kind) if found is not None else record)
     return 0
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

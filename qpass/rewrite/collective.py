@@ -40,6 +40,10 @@ PARTS_KEY = "qpass_parts"
 """``meta`` key on an all_to_all: every rank codes each part by itself, which no rank's graph can tell of the others."""
 
 
+SENT_KEY = "qpass_sent"
+"""``meta`` key on a collective that stands for another one: the elements that one would have sent."""
+
+
 @dataclass(frozen=True)
 class Collective:
     """One collective that sends one tensor.
@@ -76,7 +80,7 @@ def as_collective(node: Any) -> Collective | None:
     if kind is None:
         return None
     given = normalized(node)
-    return Collective(node, kind, given["input"], given.get("reduce_op", ""), given["group_name"], _world(node, given))
+    return Collective(node, kind, given["input"], given.get("reduce_op", ""), given["group_name"], world_in(node))
 
 
 def is_other_collective(node: fx.Node) -> bool:
@@ -88,7 +92,9 @@ def is_other_collective(node: fx.Node) -> bool:
     return node.target not in KINDS and "wait_tensor" not in name and "_wrap_tensor" not in name
 
 
-def _world(node: fx.Node, given: dict[str, Any]) -> int | None:
+def world_in(node: fx.Node) -> int | None:
+    """The number of ranks of a collective's group, None where nothing tells it."""
+    given = normalized(node)
     if "group_size" in given:
         return given["group_size"]
     if "input_split_sizes" in given:

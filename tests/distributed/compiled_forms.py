@@ -87,3 +87,88 @@ def changing_sizes(rank: int, world: int) -> None:
         {"all_gather uint8": 1, "all_to_all uint8": 1},
     ]
     assert len(watch.after) == 2  # the graphs of the first size served all
+
+
+def mixture_of_experts(rank: int, world: int) -> None:
+    """Tokens go to their experts and back: how many to each is in the data, and differs by rank and by step."""
+
+    def moe(x: Tensor, router: Tensor, expert: Tensor, exchange: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        chosen = (x @ router).argmax(1)  # a rank for each token
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=world)[:world]
+        theirs = funcol.all_to_all_single(counts, None, None, dist.group.WORLD)
+        sent, received = counts.tolist(), theirs.tolist()
+        for count in (*sent, *received):
+            torch._check(count >= 0)
+        arrived = exchange(x[order], received, sent)
+        returned = exchange(arrived @ expert, sent, received)
+        return torch.zeros_like(returned).index_copy(0, order, returned), arrived
+
+    def plain(x: Tensor, out: list[int], into: list[int]) -> Tensor:
+        return funcol.all_to_all_single_autograd(x, out, into, dist.group.WORLD)
+
+    def by_hand(x: Tensor, out: list[int], into: list[int]) -> Tensor:
+        call = {"self": x, "output_split_sizes": out, "input_split_sizes": into, "group": dist.group.WORLD}
+        return comm.functional.all_to_all(call, INT8)
+
+    router, expert = value(7, 128, world), value(8 + rank, 128, 100).requires_grad_()
+    with Watch() as watch, torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(moe, backend="qpass", options=ALL, fullgraph=True)
+        for step in range(3):
+            x = value(10 * step + rank, 40, 128).requires_grad_()
+            if step == 2:  # every token goes to rank 0
+                router = torch.zeros_like(router)
+            other = int(((x @ router).argmax(1) == 1 - rank).sum())
+            everyone = [int(n) for n in everywhere(torch.tensor([other]))[1 - rank].view(torch.int64)]
+            out = payload_bytes(other * 128, everyone[0] * 100)
+            found, arrived = check_sent(compiled, x, router, expert, plain, payloads=out + 8 * world)
+            check_sent((found.square().sum() / 100).backward, payloads=payload_bytes(other * 100, everyone[0] * 128))
+            gradients = [x.grad, expert.grad]
+            x.grad = expert.grad = None
+            expected, reference = moe(x, router, expert, by_hand)
+            (expected.square().sum() / 100).backward()
+            assert torch.equal(arrived, reference)
+            torch.testing.assert_close(found, expected)
+            for gradient, by in zip(gradients, [x.grad, expert.grad], strict=True):
+                torch.testing.assert_close(gradient, by)
+            expert.grad = None
+    assert watch.before[:2] == [
+        {"all_to_all int64": 1, "all_to_all float32": 2},
+        {"all_to_all float32": 2},
+    ]
+    assert watch.after[:2] == [{"all_to_all int64": 1, "all_to_all uint8": 2}, {"all_to_all uint8": 2}]
+    assert len(watch.after) == 2
+    assert [record.outcome for record in watch.decisions] == ["float", *["lowered"] * 4]
+
+
+def lists_of_tensors(rank: int, world: int) -> None:
+    """Coalesced collectives, each of which becomes one transfer."""
+
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        group = dist.group.WORLD
+        summed = funcol.all_reduce_coalesced([x * 2, y * 3], "sum", group)
+        gathered = funcol.all_gather_into_tensor_coalesced([x * 4, y * 5], group)
+        scattered = funcol.reduce_scatter_tensor_coalesced([x * 6, y * 7], "avg", [0, 0], group)
+        return [tensor + 1 for tensor in (*summed, *gathered, *scattered)]
+
+    x, y = value(rank, 6, 50), value(rank + 5, 4, 700)
+    with Watch() as watch:
+        compiled = torch.compile(function, backend="qpass", options=ALL)
+        compiled(x, y)
+        # x is 3 rows and its halves are 2; y is 22 rows and its halves are 11
+        results = check_sent(compiled, x, y, payloads=(25 + 25 + 13) * 130)
+    assert watch.before == [
+        {"all_reduce_coalesced": 1, "all_gather_into_tensor_coalesced": 1, "reduce_scatter_tensor_coalesced": 1}
+    ]
+    assert watch.after == [{"all_gather uint8": 2, "all_to_all uint8": 1}]
+    expected = [rounded(x * 2), rounded(y * 3)]
+    for tensor in expected:
+        dist.all_reduce(tensor)
+    for tensor in (x * 4, y * 5):
+        expected.append(tensor.new_empty(world * len(tensor), tensor.shape[1]))
+        comm.all_gather(expected[-1], tensor, codec=INT8)
+    for tensor in (x * 6, y * 7):
+        expected.append(tensor.new_empty(len(tensor) // world, tensor.shape[1]))
+        comm.reduce_scatter(expected[-1], tensor, op=dist.ReduceOp.AVG, codec=INT8)
+    for result, reference in zip(results, expected, strict=True):
+        assert torch.equal(result, reference + 1)
