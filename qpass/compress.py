@@ -27,6 +27,7 @@ from qpass.passes.expand_codecs import ExpandCodecs
 from qpass.passes.frame import Pass
 from qpass.passes.insert_codecs import InsertCodecs
 from qpass.passes.lower_collectives import LowerCollectives
+from qpass.rewrite.collective import KINDS, is_other_collective
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def group_sizes() -> dict[str, int]:
 def _decided(gm: fx.GraphModule) -> Iterable[tuple[fx.Node, NodeRecord]]:
     for node in gm.graph.nodes:
         record = record_of(node)
-        if record is not None and "c10d_functional" in getattr(node.target, "namespace", ""):
+        if record is not None and (node.target in KINDS or is_other_collective(node)):
             yield node, record
 
 

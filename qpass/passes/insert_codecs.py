@@ -20,6 +20,7 @@ from qpass.patterns.reduce_scatter import SUMS
 from qpass.rewrite.coalesced import COALESCED, NOT_WAITED, as_bucket, as_coalesced
 from qpass.rewrite.coded import ENCODE, as_coded, decoded, encoded
 from qpass.rewrite.collective import PARTS_KEY, Collective, as_collective, is_other_collective
+from qpass.rewrite.in_place import IN_PLACE, as_functional, as_in_place
 from qpass.rewrite.match import normalized
 from qpass.rewrite.parts import coded_parts, fills_rows
 from qpass.rewrite.rule import Refusal, require
@@ -44,6 +45,8 @@ class InsertCodecs(Pass):
             if collective is not None:
                 free_of_sizes(edit, collective)
                 count += self._visit(collective, edit)
+            elif node.target in IN_PLACE:
+                count += self._visit(as_in_place(node), edit)
             elif node.target in COALESCED:
                 count += self._visit_list(node, edit)
             elif is_other_collective(node):
@@ -87,6 +90,9 @@ class InsertCodecs(Pass):
             _check(collective, world)
         except Refusal as refusal:
             return _leave(node, refusal.reason, asked=collective.kind in self.policy.kinds)
+        if node.target in IN_PLACE:
+            collective = as_functional(edit, collective)
+            node = collective.node
         wire = self.policy.codec
         node.replace_input_with(collective.x, _rounded(edit, collective, wire, world))
         if collective.kind == "all_reduce" and shots(LARGE if numel is None else numel, wire, world) == "two_shot":
@@ -144,7 +150,7 @@ def _round_sum(collective: Collective, policy: Policy, edit: Editor) -> None:
 
 
 def _leave(node: fx.Node, reason: str, asked: bool) -> int:
-    known, found = record_of(node), as_collective(node)
+    known, found = record_of(node), as_in_place(node) if node.target in IN_PLACE else as_collective(node)
     if known is not None and known.outcome == "lowered":  # narrowed by a rule, which is worth more to know
         return 0
     record = describe(node, "float", reason=reason).but(asked=asked)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives  # registers what the operators return for fake tensors
 from torch import fx
+from torch._higher_order_ops import auto_functionalize
 
 from qpass.rewrite.expression import operators
 from qpass.rewrite.match import normalized
@@ -20,6 +21,9 @@ c10d = operators("_c10d_functional")
 """Functional collectives as expressions."""
 
 ops = torch.ops._c10d_functional
+
+FUNCTIONALIZED = (auto_functionalize.auto_functionalized, auto_functionalize.auto_functionalized_v2)
+"""What AOTAutograd wraps operators in that write to their arguments; Inductor takes them out of it again."""
 
 KINDS: dict[Any, str] = {
     ops.all_gather_into_tensor.default: "all_gather",
@@ -85,11 +89,12 @@ def as_collective(node: Any) -> Collective | None:
 
 def is_other_collective(node: fx.Node) -> bool:
     """Whether a node communicates in a form that `as_collective` does not read: coalesced, in place, into an output."""
-    namespace = getattr(node.target, "namespace", "") if node.op == "call_function" else ""
-    if namespace not in ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional"):
+    target: Any = node.target if node.op == "call_function" else None
+    if target in FUNCTIONALIZED:
+        target = node.args[0]
+    if getattr(target, "namespace", "") not in ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional"):
         return False
-    name = node.target._schema.name  # type: ignore[union-attr]
-    return node.target not in KINDS and "wait_tensor" not in name and "_wrap_tensor" not in name
+    return target not in KINDS and not any(word in target._schema.name for word in ("wait_tensor", "_wrap_tensor"))
 
 
 def world_in(node: fx.Node) -> int | None:
