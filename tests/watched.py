@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,3 +80,20 @@ def bytes_sent() -> int:
         except FileNotFoundError:  # the descriptor that listed the folder
             continue
     return total
+
+
+HEADERS = 2000
+"""Bytes that gloo's headers may take: 48 for each message, of which no program here sends more than 40."""
+
+
+def check_sent(function: Callable[..., Any], *args: Any, payloads: int) -> Any:
+    """What a call returns; it sends that many bytes and the headers of its messages."""
+    before = bytes_sent()
+    result = function(*args)
+    sent = bytes_sent() - before
+    assert payloads <= sent <= payloads + HEADERS, (payloads, sent)
+    return result
+
+
+def payload_bytes(*numels: int) -> int:
+    return sum(map(INT8.payload_bytes, numels))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,23 +11,7 @@ from torch.distributed import _functional_collectives as funcol
 
 from qpass import comm
 from ranks import everywhere
-from watched import ALL, INT8, Watch, bytes_sent, rounded, value
-
-HEADERS = 2000
-"""Bytes that gloo's headers may take: 48 for each message, of which no program here sends more than 40."""
-
-
-def check_sent(function: Callable[..., Any], *args: Any, payloads: int) -> Any:
-    """What a call returns; it sends that many bytes and the headers of its messages."""
-    before = bytes_sent()
-    result = function(*args)
-    sent = bytes_sent() - before
-    assert payloads <= sent <= payloads + HEADERS, (payloads, sent)
-    return result
-
-
-def payload_bytes(*numels: int) -> int:
-    return sum(map(INT8.payload_bytes, numels))
+from watched import ALL, INT8, Watch, check_sent, payload_bytes, rounded, value
 
 
 def changing_sizes(rank: int, world: int) -> None:
