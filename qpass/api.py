@@ -14,7 +14,7 @@ from qpass.capture import FirstBatch, capture
 from qpass.capture_errors import refuse_model
 from qpass.capture_training import capture_training, in_modes_of
 from qpass.config import Config
-from qpass.errors import ConvertError, InputError
+from qpass.errors import ConfigError, ConvertError, InputError
 from qpass.graph.verify import OBSERVER_PREFIX
 from qpass.lower import lower_graph
 from qpass.stages import convert_graph, prepare_graph
@@ -52,6 +52,11 @@ def prepare(
         CaptureError, ConfigError, InputError
     """
     chosen = presets.get(presets.int8_static() if config is None else config)
+    if chosen.comm is not None:
+        raise ConfigError(
+            "comm is decided where a graph is compiled, and prepare was given a config with comm",
+            hint='leave it out here, and give it to torch.compile(..., backend="qpass", options={"comm": ...})',
+        )
     if not isinstance(model, (torch.nn.Module, ExportedProgram)):
         raise InputError(
             f"prepare takes an nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}",

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from qpass import presets
 from qpass.capture_dynamo import from_dynamo
 from qpass.comm.codec import Codec
 from qpass.comm.policy import Policy, policy
+from qpass.communication import Communication
 from qpass.compiled import remember
-from qpass.compress import CompressCollectives
 from qpass.config import Config
 from qpass.errors import ConfigError, QpassError, StrictError, near
 from qpass.graph.constants import Constants
@@ -57,21 +58,35 @@ class Backend:
         training = _is_training(example_inputs)
         if training or (self.config is None and not _has_qdq(gm)):
             log.info("compute is left in floating point")
-            exact = EXACT if self.comm else {}
-            post_grad = self._post_grad(graphs=1 + training)
-            return compile_plain(gm, example_inputs, post_grad, {**exact, **dict(self.inductor)})
+            if self.comm is None:
+                return compile_plain(gm, example_inputs, (), dict(self.inductor))
+            communication = self._communication(self.comm, training)
+            remember(None, _parameters(example_inputs), communication)
+            patches = {**EXACT, **dict(self.inductor)}
+            return communication.compiled(
+                lambda inner: compile_plain(gm, example_inputs, [communication.step], patches, inner)
+            )
         captured = from_dynamo(gm, example_inputs)
         normalize(captured.graph_module)
         lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
-        remember(lowered, (example_inputs[index] for index in captured.bindings.values()))
-        post_grad = self._post_grad(notes=graph_record(lowered).notes)
-        return compile_lowered(
-            lowered, example_inputs, capture=captured, decompositions=table(), post_grad=post_grad,
-            config_patches={**EXACT, **dict(self.inductor)},
+        weights = [example_inputs[index] for index in captured.bindings.values()]
+        options: dict[str, Any] = {
+            "capture": captured, "decompositions": table(), "config_patches": {**EXACT, **dict(self.inductor)},
+        }  # fmt: skip
+        if self.comm is None:
+            remember(lowered, weights)
+            return compile_lowered(lowered, example_inputs, **options)
+        communication = self._communication(self.comm, training)
+        remember(lowered, weights, communication)
+        return communication.compiled(
+            lambda inner: compile_lowered(
+                lowered, example_inputs, post_grad=[communication.step], inner=inner, **options
+            )
         )
 
-    def _post_grad(self, graphs: int = 1, notes: list[str] | None = None) -> list[CompressCollectives]:
-        return [CompressCollectives(self.comm, self.strict, graphs, notes)] if self.comm is not None else []
+    def _communication(self, comm: Policy, training: bool) -> Communication:
+        backward = torch._dynamo.compiled_autograd.in_compiled_autograd_region
+        return Communication(comm, self.strict, backward, training)
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
         if _has_qdq(graph):
@@ -93,25 +108,33 @@ class Backend:
 
 def backend(
     config: Config | str | None = None, *, target: str = "x86", strict: bool = False,
-    inductor: Mapping[str, Any] | None = None, comm: str | Codec | Policy | None = None,
+    inductor: Mapping[str, Any] | None = None, comm: str | Codec | Policy | Mapping[str, Any] | None = None,
 ) -> Backend:
     """A checked backend: ``torch.compile(model, backend=qpass.backend("int8_dynamic"))``.
 
-    ``comm`` is the codec of the collectives, or a :class:`qpass.comm.Policy`. A float model without ``config`` is
-    quantized by ``int8_dynamic``; where ``comm`` is given, only its collectives are compressed.
+    ``comm`` is the codec of the collectives, a :class:`qpass.comm.Policy`, or a dict of its arguments; the ``comm`` of
+    a config says the same. A float model without ``config`` is quantized by ``int8_dynamic``; where ``comm`` is given,
+    only its collectives are compressed.
 
     Raises:
-        ConfigError: an unknown preset, codec or Inductor option.
+        ConfigError: an unknown preset, codec, argument or Inductor option, or two different ``comm``.
     """
     if config is None and comm is None:
         config = presets.int8_dynamic()
     chosen = presets.get(config) if config is not None else None
+    wanted = policy(comm) if comm is not None else None
+    if chosen is not None and chosen.comm is not None:
+        if wanted not in (None, policy(chosen.comm)):
+            raise ConfigError("comm is given twice, and the config's is another", hint="give it in one place")
+        wanted, chosen = policy(chosen.comm), replace(chosen, comm=None)
+        if chosen == Config():
+            chosen = None
     options = dict(inductor or {})
     known = torch._inductor.config.get_config_copy()
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown Inductor option {name!r}{near(name, known)}", hint="see torch._inductor.config")
-    return Backend(chosen, target, strict, tuple(sorted(options.items())), policy(comm) if comm is not None else None)
+    return Backend(chosen, target, strict, tuple(sorted(options.items())), wanted)
 
 
 def qpass_backend(
@@ -147,6 +170,11 @@ def needs_calibration(config: Config) -> bool:
 
 def _is_training(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
+
+
+def _parameters(example_inputs: Sequence[Any]) -> list[torch.Tensor]:
+    """The parameters among a graph's inputs; compiled autograd gives its own in lists."""
+    return [leaf for leaf in tree_leaves(list(example_inputs)) if isinstance(leaf, torch.nn.Parameter)]
 
 
 def _has_qdq(gm: fx.GraphModule) -> bool:

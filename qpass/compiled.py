@@ -1,23 +1,81 @@
-"""The lowered graphs behind compiled models, kept for the report as long as their weights live."""
+"""What the backend compiled, kept for the report: lowered graphs and decisions about collectives."""
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.utils import get_traced_code
 
-_COMPILED: list[tuple[fx.GraphModule, list[weakref.ref[torch.Tensor]]]] = []
+from qpass.communication import Communication
 
 
-def remember(graph: fx.GraphModule, weights: Iterable[torch.Tensor]) -> None:
-    """Keep ``graph`` until the last of the weights that it was compiled with is gone."""
-    _COMPILED[:] = [(kept, read) for kept, read in _COMPILED if any(ref() is not None for ref in read)]
-    _COMPILED.append((graph, [weakref.ref(tensor) for tensor in weights]))
+@dataclass(frozen=True)
+class Compiled:
+    """One compilation: its lowered graph, None where compute was left as it is, and its communication, if any.
+
+    It is found by the weights that it reads or the code that it was compiled from, and kept as long as one of them is.
+    """
+
+    graph: fx.GraphModule | None
+    communication: Communication | None
+    weights: tuple[weakref.ref[torch.Tensor], ...]
+    code: weakref.ref[CodeType] | None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether one of its weights lives, or, where it has none, its code."""
+        refs = self.weights or (() if self.code is None else (self.code,))
+        return any(ref() is not None for ref in refs)
+
+    def reads(self, tensors: set[int]) -> bool:
+        """Whether one of its weights is among the tensors with these ids."""
+        return any((tensor := ref()) is not None and id(tensor) in tensors for ref in self.weights)
+
+    def is_part_of(self, code: CodeType) -> bool:
+        """Whether it was compiled from this code, or from what follows a graph break in it."""
+        root = self.code() if self.code is not None else None
+        lines = [line for *_, line in code.co_lines() if line is not None]
+        if root is None or root.co_filename != code.co_filename:
+            return False
+        return min(lines) <= root.co_firstlineno <= max(lines)
+
+
+_COMPILED: list[Compiled] = []
+
+
+def remember(
+    graph: fx.GraphModule | None, weights: Iterable[torch.Tensor], communication: Communication | None = None
+) -> None:
+    """Keep what is compiled now until the last of its weights is gone, or, where it has none, its code."""
+    code = next(iter(get_traced_code() or ()), None)
+    _COMPILED[:] = [kept for kept in _COMPILED if kept.is_alive]
+    refs = tuple(weakref.ref(tensor) for tensor in weights)
+    _COMPILED.append(Compiled(graph, communication, refs, weakref.ref(code) if code is not None else None))
+
+
+def compilations(program: torch.nn.Module | Callable[..., Any]) -> list[Compiled]:
+    """What was compiled for a model: whatever reads one of its tensors; for a function also what comes from its code.
+
+    The models of a function are those that it closes over, and those among the globals that it names.
+    """
+    modules, code = [program], None
+    if not isinstance(program, torch.nn.Module):
+        function = inspect.unwrap(program)
+        code = getattr(function, "__code__", None)
+        names = inspect.getclosurevars(function) if inspect.isfunction(function) else None
+        modules = [*names.nonlocals.values(), *names.globals.values()] if names else []
+    held = [module for module in modules if isinstance(module, torch.nn.Module)]
+    tensors = {id(tensor) for module in held for tensor in [*module.parameters(), *module.buffers()]}
+    return [one for one in _COMPILED if one.reads(tensors) or (code is not None and one.is_part_of(code))]
 
 
 def compiled_graphs(model: torch.nn.Module) -> list[fx.GraphModule]:
     """The lowered graphs that the backend compiled for ``model``: those that read one of its tensors."""
-    tensors = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    return [graph for graph, read in _COMPILED if any((t := ref()) is not None and id(t) in tensors for ref in read)]
+    return [one.graph for one in compilations(model) if one.graph is not None]

@@ -7,10 +7,9 @@ and what follows from it (:mod:`qpass.passes.lower_collectives`) are passes of t
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,36 +18,39 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 import qpass.patterns
 from qpass.comm.codec import Codec
+from qpass.comm.override import Seen
 from qpass.comm.policy import Policy, policy
-from qpass.errors import StrictError
+from qpass.decisions import GraphDecisions, keep
+from qpass.errors import ConfigError, StrictError
 from qpass.graph.record import NodeRecord, record_of
 from qpass.graph.source import where
 from qpass.passes.expand_codecs import ExpandCodecs
 from qpass.passes.frame import Pass
-from qpass.passes.insert_codecs import InsertCodecs
+from qpass.passes.insert_codecs import InsertCodecs, seen_in
 from qpass.passes.lower_collectives import LowerCollectives
 from qpass.rewrite.collective import KINDS, is_other_collective
 
-log = logging.getLogger(__name__)
-
-NONE = """comm was asked for, and a compiled graph has no collective
-  where: default DDP and FSDP2 communicate beside the graph, from hooks
-  to do: give DDP qpass.comm.ddp_hook("int8") by register_comm_hook, and FSDP2 to qpass.comm.compress_fsdp"""
-
 
 def compress(
-    gm: fx.GraphModule, comm: str | Codec | Policy, *, strict: bool = False, expand: bool = False
-) -> fx.GraphModule:
+    gm: fx.GraphModule, comm: str | Codec | Policy | Mapping[str, Any], *, backward: bool = False,
+    strict: bool = False, expand: bool = False, seen: Seen | None = None,
+) -> fx.GraphModule:  # fmt: skip
     """Compress the functional collectives of ``gm``, in place, and return it; `collectives` tells what became of each.
 
-    Nodes need ``meta["val"]``, as ``make_fx`` and ``torch.export`` leave it. ``expand`` writes the codecs out in ATen,
-    for a compiler to fuse; without it the graph calls ``qpass::encode``, ``decode`` and ``decode_reduce``.
+    Nodes need ``meta["val"]``, as ``make_fx`` and ``torch.export`` leave it. ``backward`` says which of the two graphs
+    of a training step this is. ``expand`` writes the codecs out in ATen, for a compiler to fuse; without it the graph
+    calls ``qpass::encode``, ``decode`` and ``decode_reduce``. For a policy that is meant for other graphs, too,
+    ``seen`` is what `seen_in` found in this one: then an override may match nothing.
 
     Raises:
+        ConfigError: an override of the policy matches no collective; ``gm`` is as it was.
         StrictError: ``strict``, and a collective that the policy wants compressed cannot be.
     """
+    wanted = policy(comm)
+    if seen is None:
+        refuse_unmatched(seen_in(gm, wanted, backward).looked_for(wanted.overrides))
     # What others rounded or cast is sent narrow first, so that nothing is rounded twice on its way.
-    steps: list[Pass] = [LowerCollectives(), InsertCodecs(policy(comm)), LowerCollectives()]
+    steps: list[Pass] = [LowerCollectives(), InsertCodecs(wanted, backward), LowerCollectives()]
     for step in [*steps, *([ExpandCodecs()] if expand else [])]:
         if step.run(gm):
             gm.graph.eliminate_dead_code()
@@ -68,18 +70,15 @@ def collectives(gm: fx.GraphModule) -> list[NodeRecord]:
 
 
 class CompressCollectives(CustomGraphPass):
-    """:func:`compress` in Inductor, once for each graph of a compilation: ``graphs`` of them, 2 in training.
+    """:func:`compress` in Inductor, for each graph of a compilation; the decisions are kept with the compiled graph.
 
-    Warns of what the policy wants and the rules decline, and after the last graph where none had a collective. Every
-    decision is a line of the log, and of ``notes``, if given. A graph that Inductor's cache serves is not seen again.
+    ``backward`` is set to what the next graph is.
     """
 
-    def __init__(self, comm: Policy, strict: bool = False, graphs: int = 1, notes: list[str] | None = None) -> None:
+    def __init__(self, comm: Policy, strict: bool = False, backward: bool = False) -> None:
         self.policy = comm
         self.strict = strict
-        self.remaining = graphs
-        self.notes = [] if notes is None else notes
-        self.seen = 0
+        self.backward = backward
 
     def __call__(self, graph: fx.Graph) -> None:
         from torch._inductor.pattern_matcher import stable_topological_sort  # takes a second to import
@@ -87,30 +86,31 @@ class CompressCollectives(CustomGraphPass):
         gm = graph.owning_module
         assert gm is not None
         stable_topological_sort(graph)  # Inductor's fusion of DDP's collectives leaves that to what comes after
-        found = collectives(compress(gm, self.policy, strict=self.strict, expand=True))
-        said = [f"{r.op} of {r.module or r.line}: {r.kernel or 'sent plain'}: {r.reason}" for r in found]
-        for line in said:
-            log.info(line)
-        self.notes += said
-        missed = [line for line, record in zip(said, found, strict=True) if record.is_missed]
-        if missed:
-            warnings.warn("qpass left collectives uncompressed:\n  " + "\n  ".join(missed), stacklevel=2)
-        self.seen += len(found)
-        self.remaining -= 1
-        if self.remaining == 0 and not self.seen:
-            warnings.warn(NONE, stacklevel=2)
+        seen = seen_in(gm, self.policy, self.backward)
+        compress(gm, self.policy, backward=self.backward, strict=self.strict, expand=True, seen=seen)
+        overrides = tuple(seen.looked_for(self.policy.overrides))
+        keep(GraphDecisions(self.backward, tuple(collectives(gm)), overrides))
 
     def uuid(self) -> str:
         """What a cached graph depends on: this policy, the groups as they are now, torch, and every source of qpass."""
-        return repr((self.policy, self.strict, group_sizes(), torch.__version__, get_hash_for_files(tuple(_sources()))))
+        settings = (self.policy, self.strict, self.backward, groups(), torch.__version__)
+        return repr((*settings, get_hash_for_files(tuple(_sources()))))
 
 
-def group_sizes() -> dict[str, int]:
-    """Name -> ranks of every process group that this process is in."""
+def refuse_unmatched(overrides: Iterable[tuple[str, bool, str]]) -> None:
+    """Raise for overrides that met no collective, with the names near to them; the argument is as of `looked_for`."""
+    said = "; ".join(f"{override} matches no collective{hint}" for override, met, hint in overrides if not met)
+    if said:
+        raise ConfigError(f"{said[0].upper()}{said[1:]}.", hint="correct the name, or remove the override")
+
+
+def groups() -> dict[str, tuple[int, str]]:
+    """Name -> ranks and description of every process group that this process is in."""
     if not dist.is_available() or not dist.is_initialized():
         return {}
     names = dist.distributed_c10d._world.pg_names
-    return {name: group.size() for group, name in sorted(names.items(), key=lambda item: item[1])}
+    found = sorted(names.items(), key=lambda item: item[1])
+    return {name: (group.size(), group.group_desc) for group, name in found}
 
 
 def _decided(gm: fx.GraphModule) -> Iterable[tuple[fx.Node, NodeRecord]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 
@@ -95,12 +95,15 @@ class Config:
         compute_dtype: dtype of what stays in float: None changes nothing, ``"auto"`` is bfloat16 where this CPU
             computes it fast.
         overrides: exceptions, the first that matches wins; add them with `override` and `keep_float`.
+        comm: what the collectives of a compiled graph send: a codec's name or a `qpass.comm.Policy`. It is read by
+            `qpass.backend`; `prepare` sees no collective, and refuses it.
     """
 
     activation: QuantizationSpec | None = None
     weight: QuantizationSpec | None = None
     compute_dtype: ComputeDtype = None
     overrides: tuple[Override, ...] = ()
+    comm: Any = None
 
     def __post_init__(self) -> None:
         for name in ("activation", "weight"):
@@ -108,6 +111,8 @@ class Config:
                 raise ConfigError(f"Config {name} has nothing to inherit from: INHERIT belongs in an override.")
             _check_spec(f"Config {name}", getattr(self, name))
         _check_compute_dtype(self.compute_dtype)
+        if isinstance(self.comm, Mapping):
+            raise ConfigError("Config comm cannot be a dict.", hint="write qpass.comm.Policy(...) with its items")
         object.__setattr__(self, "overrides", tuple(self.overrides))
         for override in self.overrides:
             if not isinstance(override, Override):

@@ -33,6 +33,7 @@ def compile_lowered(
     decompositions: Mapping[Any, Callable[..., Any]],
     post_grad: Sequence[CustomGraphPass] = (),
     config_patches: Mapping[str, Any] | None = None,
+    inner: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile ``gm``, a lowered graph for inference, and return what Dynamo is to call; ``gm`` is not changed.
 
@@ -40,9 +41,9 @@ def compile_lowered(
     Without it, every argument feeds a placeholder and every constant is the tensor that ``gm`` holds.
     ``decompositions`` are added to Inductor's own and serve the q/dq that are left. ``post_grad`` passes run on
     Inductor's post-grad graph, after those that the user configured. ``config_patches`` are options for Inductor, for
-    this graph alone: ``torch._inductor.config`` is left as it is.
+    this graph alone: ``torch._inductor.config`` is left as it is. ``inner`` stands in for ``compile_fx_inner``.
     """
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
     constants = LiveConstants(gm, example_inputs, capture)
@@ -69,6 +70,7 @@ def compile_lowered(
                 *(example_inputs[position] for position in positions),
                 *(mode.from_tensor(tensor, static_shapes=True) for tensor in held),
             ],
+            inner_compile=inner or compile_fx_inner,
             config_patches={**(config_patches or {}), **_patches(packed, post_grad)},
             decompositions={**select_decomp_table(), **decompositions},
         )
@@ -89,11 +91,13 @@ def compile_plain(
     example_inputs: Sequence[Any],
     post_grad: Sequence[CustomGraphPass],
     config_patches: Mapping[str, Any],
+    inner: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile a graph as Dynamo gave it, for inference or training; the rest is as in `compile_lowered`."""
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches={**config_patches, **_after(post_grad)})
+    patches = {**config_patches, **_after(post_grad)}
+    compiled: Any = compile_fx(gm, list(example_inputs), inner or compile_fx_inner, config_patches=patches)
     return compiled
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lockstep as send
 import qpass
@@ -18,6 +18,7 @@ from qpass import compress as module
 from qpass.backend import qpass_backend
 from qpass.comm import Policy, codec
 from qpass.compress import CompressCollectives, collectives, compress
+from qpass.decisions import take, unmatched
 from qpass.errors import ConfigError, InputError, StrictError
 
 ALL = Policy("int8", min_bytes=0)
@@ -76,36 +77,38 @@ def test_strict_raises_for_what_was_wanted_and_not_done() -> None:
     compress(traced(mixed, value(0, 4, 50)), Policy("int8", kinds="all_gather"), strict=True)  # sums are not wanted
 
 
-def test_a_compilation_without_collectives_names_the_hooks() -> None:
-    gm = traced(lambda x: x + 1, value(0, 4))
-    training = CompressCollectives(ALL, graphs=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        training(gm.graph)  # the backward graph may have some
-    with pytest.warns(UserWarning, match=r"no collective\n.*\n.*register_comm_hook.*compress_fsdp"):
-        training(gm.graph)
-    inference = CompressCollectives(ALL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        inference(traced(send.all_reduce, value(0, 4)).graph)
+def test_an_override_that_matches_nothing_is_an_error_before_anything_is_done() -> None:
+    gm = traced(mixed, value(0, 4, 50))
+    before = text(gm)
+    with pytest.raises(ConfigError) as raised:
+        compress(gm, ALL.override("int4", module="blokc").override("int4", kind="all_gather").keep_plain(group="1"))
+    assert str(raised.value) == (
+        "Override 0 (module='blokc') matches no collective (did you mean 'block'?); "
+        "override 2 (group='1') matches no collective.\n  to do: correct the name, or remove the override"
+    )
+    assert text(gm) == before
+    compress(gm, ALL.override("int4", backward=True))  # is meant for another graph
+    with pytest.raises(ConfigError, match="Override 0"):
+        compress(traced(lambda x: x + 1, value(0, 4)), ALL.override("int4", backward=True), backward=True)
 
 
-def test_a_compilation_warns_of_what_was_wanted_and_not_done() -> None:
-    notes: list[str] = []
-    missed = "all_reduce of block: sent plain: a max cannot be taken over payloads"
-    with pytest.warns(UserWarning, match=f"qpass left collectives uncompressed:\n  {missed}$"):
-        CompressCollectives(ALL, notes=notes)(traced(mixed, value(0, 4, 50)).graph)
-    assert notes == [
-        "all_reduce of block: all_gather of int8:128:bf16, summed: 800 -> 260 bytes",
-        missed,
+def test_the_pass_keeps_its_decisions_with_the_graph() -> None:
+    take()
+    policy = ALL.override("int4", module="block", kind="all_reduce").override("int4", group="tp", backward=False)
+    CompressCollectives(policy)(traced(mixed, value(0, 4, 50)).graph)
+    (decisions,) = take()
+    assert decisions.lines() == [
+        "all_reduce of block: all_gather of int4:32:bf16, summed: 800 -> 144 bytes",
+        "all_reduce of block: sent plain: a max cannot be taken over payloads",
         "all_gather of block: sent plain: values of int64 travel as they are",
     ]
-
-
-def test_the_backend_says_so_too() -> None:
-    compiled = torch.compile(nn.Linear(4, 4).requires_grad_(False), backend="qpass", options={"comm": "int8"})
-    with pytest.warns(UserWarning, match="no collective"):
-        compiled(torch.randn(2, 4))
+    assert decisions.plans()["0"][1] == "all_reduce: sent plain: a max cannot be taken over payloads"
+    assert decisions.overrides == (
+        ("override 0 (kind='all_reduce', module='block')", True, ""),
+        ("override 1 (group='tp', backward=False)", False, ""),
+    )
+    assert unmatched([decisions]) == ["override 1 (group='tp', backward=False) of comm matches no collective"]
+    assert take() == []
 
 
 def test_the_cache_key_holds_all_that_a_graph_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,15 +120,16 @@ def test_the_cache_key_holds_all_that_a_graph_depends_on(monkeypatch: pytest.Mon
     for other in ("int4", "int8:64:bf16", "mxint8"):
         known.add(uuid(Policy(other, min_bytes=0)))
     known |= {uuid(Policy("int8", min_bytes=1)), uuid(Policy("int8", "all_reduce", 0)), uuid(strict=True)}
-    monkeypatch.setattr(module, "group_sizes", lambda: {"0": 2})
+    known |= {uuid(ALL.keep_plain(module="head")), uuid(ALL.keep_plain(module="tail")), uuid(backward=True)}
+    monkeypatch.setattr(module, "groups", lambda: {"0": (2, "")})
     known.add(uuid())
-    monkeypatch.setattr(module, "group_sizes", lambda: {"0": 3})
+    monkeypatch.setattr(module, "groups", lambda: {"0": (3, "")})
     known.add(uuid())
     monkeypatch.setattr(torch, "__version__", "9.9")
     known.add(uuid())
     monkeypatch.setattr(module, "get_hash_for_files", lambda paths: hashlib.sha256(repr(paths).encode()).digest())
     known.add(uuid())
-    assert len(known) == 11
+    assert len(known) == 14
 
 
 def test_the_cache_key_reads_every_source_of_qpass() -> None:
@@ -140,10 +144,22 @@ def test_wrong_policies_say_what_is_wrong() -> None:
         Policy("int8", kinds=("all_reduc",))
     with pytest.raises(ConfigError, match="A graph has one seed for all its calls"):
         Policy("int8:128:bf16:stochastic")
-    with pytest.raises(InputError, match=r"comm is a codec, its name or a qpass\.comm\.Policy, not int"):
+    with pytest.raises(InputError, match=r"comm is a codec, its name, a qpass\.comm\.Policy or a dict .*, not int"):
         qpass.backend(comm=8)
     with pytest.raises(ConfigError, match=r"unknown option 'com' \(did you mean 'comm'"):
         qpass_backend(traced(lambda x: x, value(0, 4)), [], options={"com": "int8"})
+
+
+def test_a_config_says_comm_as_well() -> None:
+    assert qpass.backend(qpass.Config(comm="int8")) == qpass.backend(comm="int8")
+    both = qpass.presets.int8_dynamic()
+    assert qpass.backend(replace(both, comm="int4")) == qpass.backend(both, comm="int4")
+    with pytest.raises(ConfigError, match="comm is given twice"):
+        qpass.backend(qpass.Config(comm="int8"), comm="int4")
+    with pytest.raises(ConfigError, match="Config comm cannot be a dict"):
+        qpass.Config(comm={"codec": "int8"})
+    with pytest.raises(ConfigError, match="comm is decided where a graph is compiled"):
+        qpass.prepare(torch.nn.Linear(2, 2), (torch.ones(1, 2),), config=qpass.Config(comm="int8"))
 
 
 def test_equal_settings_are_equal_backends() -> None:

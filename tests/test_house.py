@@ -29,8 +29,8 @@ FLOORS = (
     ("targets", "patterns"),
     ("comm", "passes"),
     (
-        "compress", "pipeline", "opaque", "capture_errors", "capture_dynamo", "example_inputs", "capture",
-        "capture_training", "watch", "refresh", "compiled", "inductor", "stages", "lower",
+        "decisions", "compress", "communication", "pipeline", "opaque", "capture_errors", "capture_dynamo",
+        "example_inputs", "capture", "capture_training", "watch", "refresh", "compiled", "inductor", "stages", "lower",
     ),
     ("inspect",),
     ("api", "io", "backend", "compat"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -22,9 +23,15 @@ ALL = {"comm": comm.Policy("int8", tuple(comm.cost.FORMS), 0)}
 
 
 class Watch:
-    """The collectives of every graph that was compiled while it watched: before, after, and the decisions."""
+    """The collectives of every graph that was compiled while it watched: before, after, and the decisions.
+
+    Graphs come from no cache meanwhile, which another rank may have filled: they would not be seen.
+    """
 
     def __enter__(self) -> Watch:
+        self.caches = contextlib.ExitStack()
+        self.caches.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
+        self.caches.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         self.before: list[Counter[str]] = []
         self.after: list[Counter[str]] = []
         self.decisions: list[NodeRecord] = []
@@ -41,6 +48,7 @@ class Watch:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.caches.close()
         qpass.compress.compress = self.original
 
 

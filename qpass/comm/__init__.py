@@ -10,11 +10,12 @@ from qpass.comm.collectives import all_gather, all_reduce, all_to_all, broadcast
 from qpass.comm.cost import Decision, Link, decide
 from qpass.comm.ddp_hooks import ddp_hook, quantization_perchannel_hook, quantization_pertensor_hook
 from qpass.comm.fsdp import compress_fsdp
+from qpass.comm.override import Override
 from qpass.comm.policy import Policy
 from qpass.comm.work import Work
 
 __all__ = [
-    "Codec", "DQuantType", "Decision", "Link", "Policy", "Work", "all_gather", "all_reduce", "all_to_all",
+    "Codec", "DQuantType", "Decision", "Link", "Override", "Policy", "Work", "all_gather", "all_reduce", "all_to_all",
     "auto_quantize", "broadcast", "calibrate_link", "codec", "compress_fsdp", "ddp_hook", "debug", "decide",
     "quantization_perchannel_hook", "quantization_pertensor_hook", "reduce_scatter",
 ]  # fmt: skip

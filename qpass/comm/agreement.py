@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch.distributed as dist
 
 from qpass.comm.group import Group
 from qpass.errors import AgreementError, QpassError
+
+_SAME_CALLS = "make the same calls in the same order on all ranks; qpass.comm.debug(True) compares every call"
 
 VERSION = 1
 """Of payloads and schedules: raised with any change that makes the bytes mean something else."""
@@ -42,11 +45,66 @@ def agree(group: Group, header: Header, *, sends: list[int] | None = None, recei
     Raises:
         AgreementError: on every rank, where any two differ, or a rank refused, or one said nothing until the timeout.
     """
-    group.calls += 1
     if header in group.agreed and not debug():
+        group.calls += 1
         return
+    headers = _same_call(group, header, {"sends": sends, "receives": receives})
+    if sends is not None:
+        uneven = [
+            f"rank {a} sends {headers[a]['sends'][b]} elements to rank {b}, which expects {headers[b]['receives'][a]}"
+            for a in range(group.world)
+            for b in range(group.world)
+            if headers[a]["sends"][b] != headers[b]["receives"][a]
+        ]
+        if uneven:
+            raise _error(header, group, "The splits do not fit each other", uneven)
+    group.agreed.add(header)
+
+
+def agree_on_plan(group: Group, plan: list[str]) -> None:
+    """Return once all ranks have the same plan for the group: one line for each collective of a compiled graph.
+
+    Raises:
+        AgreementError: on every rank, where two plans differ, or a rank said nothing until the timeout.
+    """
+    header = Header("compiled graph", codec="", numel=0, dtype="")
+    plans = [said["plan"] for said in _same_call(group, header, {"plan": plan})]
+    differing = [
+        f"collective {place}: " + ", ".join(f"rank {rank} has {line!r}" for rank, line in enumerate(lines))
+        for place, lines in enumerate(zip_longest(*plans, fillvalue="none"))
+        if len(set(lines)) > 1
+    ]
+    if differing:
+        hint = "compile the same program with the same options on all ranks of the group"
+        raise _error(header, group, "The ranks have compiled different plans", differing, hint)
+
+
+def refuse(group: Group, why: QpassError) -> None:
+    """Tell the ranks that may wait for this one's header that it will not make the call."""
+    group.calls += 1
+    if group.world > 1:
+        _post(group, {"refused": why.what})
+
+
+def debug(enabled: bool | None = None) -> bool:
+    """Whether every call is compared, not only the first of its kind; `enabled` switches it, on all ranks alike.
+
+    What is compiled while it is on compares the decisions about its collectives before its first step.
+    """
+    global _debug
+    if enabled is not None:
+        _debug = enabled
+    return _debug
+
+
+_debug = False
+
+
+def _same_call(group: Group, header: Header, more: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every rank said, and ``more`` that it sent with it, where all are about to make the call of the header."""
+    group.calls += 1
     said = {"version": VERSION, "order": group.calls, **asdict(header)}
-    headers = _exchange(group, header, {"said": said, "sends": sends, "receives": receives})
+    headers = _exchange(group, header, {"said": said, **more})
     refusals = {rank: header["refused"] for rank, header in enumerate(headers) if "refused" in header}
     if refusals:
         raise _error(
@@ -60,34 +118,7 @@ def agree(group: Group, header: Header, *, sends: list[int] | None = None, recei
     ]
     if differing:
         raise _error(header, group, "The ranks do not make the same call", differing)
-    if sends is not None:
-        uneven = [
-            f"rank {a} sends {headers[a]['sends'][b]} elements to rank {b}, which expects {headers[b]['receives'][a]}"
-            for a in range(group.world)
-            for b in range(group.world)
-            if headers[a]["sends"][b] != headers[b]["receives"][a]
-        ]
-        if uneven:
-            raise _error(header, group, "The splits do not fit each other", uneven)
-    group.agreed.add(header)
-
-
-def refuse(group: Group, why: QpassError) -> None:
-    """Tell the ranks that may wait for this one's header that it will not make the call."""
-    group.calls += 1
-    if group.world > 1:
-        _post(group, {"refused": why.what})
-
-
-def debug(enabled: bool | None = None) -> bool:
-    """Whether every call is compared, not only the first of its kind; `enabled` switches it, on all ranks alike."""
-    global _debug
-    if enabled is not None:
-        _debug = enabled
-    return _debug
-
-
-_debug = False
+    return headers
 
 
 def _exchange(group: Group, header: Header, sent: dict[str, Any]) -> list[dict[str, Any]]:
@@ -121,10 +152,10 @@ def _silent(group: Group, number: int) -> list[str]:
         return ["the store does not answer: the process that holds it is gone"]
 
 
-def _error(header: Header, group: Group, what: str, details: list[str]) -> AgreementError:
+def _error(header: Header, group: Group, what: str, details: list[str], hint: str = _SAME_CALLS) -> AgreementError:
     ranks = dist.get_process_group_ranks(group.process_group)
     return AgreementError(
         f"{what}.\n    " + "\n    ".join(details),
         where=f"qpass.comm.{header.collective}, call {group.calls} on group {group.name!r} (global ranks {ranks})",
-        hint="make the same calls in the same order on all ranks; qpass.comm.debug(True) compares every call",
+        hint=hint,
     )

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, _resolve_process_group
 
 from qpass.errors import InputError
 
@@ -75,6 +75,14 @@ class Group:
         if self._line is None:
             self._line = ThreadPoolExecutor(1, thread_name_prefix=f"qpass-{self.name}")
         return self._line
+
+
+def process_group(name: str) -> dist.ProcessGroup | None:
+    """The process group of that name, or None where this process is in none such."""
+    try:
+        return _resolve_process_group(dist.distributed_c10d.GroupName(name))
+    except RuntimeError:
+        return None
 
 
 _groups: weakref.WeakKeyDictionary[dist.ProcessGroup, Group] = weakref.WeakKeyDictionary()

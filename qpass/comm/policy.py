@@ -3,17 +3,22 @@
 Policy("int8")                                      every kind but all_to_all, from 64 KiB on
 Policy("int4:32:bf16:hadamard", kinds=("all_gather",), min_bytes=0)
 Policy("int8", link=calibrate_link(group))          what pays by the cost model
+Policy("int8").override("int4", backward=True)      another codec for the backward graphs
+Policy("int8").keep_plain(module="head")            all but those of one module
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from qpass.comm.codec import Codec, codec
-from qpass.comm.cost import FORMS, Decision, Link, decide
+from qpass.comm.cost import Decision, Link, decide
+from qpass.comm.override import Override, Place, check_kind
 from qpass.errors import ConfigError, InputError, near
 
 MIN_BYTES = 1 << 16
@@ -40,6 +45,8 @@ class Policy:
             all_to_all sends may differ by rank, so its size decides nothing: it is compressed wherever it is named.
         link: constants of the groups, from `calibrate_link`, equal on all ranks; then the cost model decides, too.
             A size that is not known when a graph is compiled, or differs by rank, is taken for a large one.
+        overrides: exceptions, the first that matches wins, whatever `kinds` says; add them with `override` and
+            `keep_plain`.
 
     Raises:
         ConfigError: no such codec or kind, or a stochastic codec.
@@ -49,16 +56,50 @@ class Policy:
     kinds: tuple[str, ...] = EVERYWHERE_EQUAL
     min_bytes: int = MIN_BYTES
     link: Link | None = None
+    overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "codec", codec(self.codec))
         object.__setattr__(self, "kinds", (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds))
+        object.__setattr__(self, "overrides", tuple(self.overrides))
         for kind in self.kinds:
-            if kind not in FORMS:
-                raise ConfigError(f"No collective is named {kind!r}{near(kind, FORMS)}.")
-        if self.codec.stochastic:
-            what = f"A graph has one seed for all its calls, and {self.codec} needs a new one each."
-            raise ConfigError(what, hint="use a codec that rounds to nearest, or the calls of qpass.comm")
+            check_kind(kind)
+        for override in self.overrides:
+            if not isinstance(override, Override):
+                raise ConfigError(f"Policy overrides must be qpass.comm.Override objects, not {override!r}.")
+        for each in (self.codec, *(override.codec for override in self.overrides)):
+            if each is not None and each.stochastic:
+                what = f"A graph has one seed for all its calls, and {each} needs a new one each."
+                raise ConfigError(what, hint="use a codec that rounds to nearest, or the calls of qpass.comm")
+
+    def override(
+        self, codec: str | Codec | None, *, kind: str | None = None, group: str | None = None,
+        module: str | None = None, backward: bool | None = None, min_bytes: int | None = None,
+    ) -> Policy:  # fmt: skip
+        """A policy with one more override, tried after those it already has. Arguments as for `Override`."""
+        one = Override(codec, kind, group, module, backward, min_bytes)  # type: ignore[arg-type]
+        return replace(self, overrides=(*self.overrides, one))
+
+    def keep_plain(
+        self, *, kind: str | None = None, group: str | None = None, module: str | None = None,
+        backward: bool | None = None, min_bytes: int | None = None,
+    ) -> Policy:  # fmt: skip
+        """A policy that leaves some more collectives as they are. Arguments as for `Override`."""
+        return self.override(None, kind=kind, group=group, module=module, backward=backward, min_bytes=min_bytes)
+
+    def resolve(self, place: Place, numel: int | torch.SymInt | None, dtype: torch.dtype) -> Policy | Decision:
+        """What holds for one collective: a policy without overrides, or, where one of them keeps it plain, a decision.
+
+        ``numel`` are the elements of the whole tensor, as for `decide`.
+        """
+        for index, override in enumerate(self.overrides):
+            least = self.min_bytes if override.min_bytes is None else override.min_bytes
+            if not override.matches(place) or (numel is not None and numel * dtype.itemsize < least):
+                continue
+            if override.codec is None:
+                return _no(f"override {index} of the policy ({override}) leaves it plain")
+            return replace(self, codec=override.codec, kinds=(place.kind,), min_bytes=least, overrides=())
+        return replace(self, overrides=())
 
     def decide(self, kind: str, numel: int | torch.SymInt | None, dtype: torch.dtype, world: int) -> Decision:
         """Whether a collective of ``numel`` elements in the whole tensor is compressed, and why.
@@ -79,17 +120,34 @@ class Policy:
         return decide(kind, LARGE if numel is None else numel, dtype, world, self.codec, self.link or _SLOW)
 
 
-def policy(given: str | Codec | Policy) -> Policy:
-    """A policy, or that of a codec or its name.
+def policy(given: str | Codec | Policy | Mapping[str, Any]) -> Policy:
+    """A policy, or that of a codec or its name, or of a policy's arguments by name, overrides as mappings, too.
 
     Raises:
         InputError: anything else.
+        ConfigError: an unknown name, or a wrong value.
     """
     if isinstance(given, Policy):
         return given
+    if isinstance(given, Mapping):
+        known = dict(given)
+        overrides = [_named(Override, one) if isinstance(one, Mapping) else one for one in known.get("overrides", ())]
+        return _named(Policy, known | {"overrides": overrides})
     if not isinstance(given, (str, Codec)):
-        raise InputError(f"comm is a codec, its name or a qpass.comm.Policy, not {type(given).__name__}.")
+        what = f"comm is a codec, its name, a qpass.comm.Policy or a dict of its arguments, not {type(given).__name__}."
+        raise InputError(what)
     return Policy(codec(given))
+
+
+def _named(kind: type[Any], given: Mapping[str, Any]) -> Any:
+    known = [field.name for field in fields(kind)]
+    for name in given:
+        if name not in known:
+            what = f"comm: {kind.__name__} has no argument {name!r}{near(name, known)}."
+            raise ConfigError(what, hint=f"use {', '.join(known)}")
+    if "codec" not in given:
+        raise ConfigError(f"comm: the {kind.__name__.lower()} {dict(given)} names no codec.", hint="add 'codec'")
+    return kind(**given)
 
 
 def _no(reason: str) -> Decision:

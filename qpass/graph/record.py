@@ -28,6 +28,7 @@ class NodeRecord:
     ``outcome`` is "quantized" (its operands carry q/dq pairs), "lowered" (a kernel of the target runs it), "float"
     (left in floating point, ``reason`` says why) or "exact" (moves values without rounding: views, max pooling).
     ``asked``: the configuration wanted it quantized, so leaving it in float is worth an error under ``strict``.
+    ``group`` is the name of a collective's process group.
     """
 
     op: str
@@ -40,6 +41,7 @@ class NodeRecord:
     compute_dtype: torch.dtype | None = None
     size: int = 1
     asked: bool = False
+    group: str = ""
 
     @property
     def is_fused(self) -> bool:

@@ -29,16 +29,20 @@ _INDEX = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 def module_stack(node: fx.Node) -> tuple[tuple[str, Any], ...]:
     """``((path, type), ...)`` of the modules around a node, outermost first; the root's path is ``""``.
 
-    A type is a class, or its qualified name as text where export left only that.
+    A type is a class, or its qualified name as text where export left only that. A node of a backward graph stands
+    where the node stood whose gradient it computes.
     """
-    stack = node.meta.get("nn_module_stack") or {}
-    return tuple((clean_path(path), kind) for path, kind in stack.values())
+    return tuple((clean_path(path), kind) for path, kind in _stack(node).values())
 
 
 def module_path(node: fx.Node) -> str:
     """The dotted path of the innermost module around a node; ``""`` at the root and where none is known."""
-    stack = node.meta.get("nn_module_stack")
+    stack = _stack(node)
     return clean_path(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
+    return node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
 
 
 def source_line(node: fx.Node) -> str:

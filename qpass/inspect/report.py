@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch._dynamo.eval_frame import OptimizedModule
 
 from qpass.capture import CAPTURE_KEY, FirstBatch
-from qpass.compiled import compiled_graphs
+from qpass.communication import Communication, conclusions
+from qpass.compiled import compilations
 from qpass.errors import InputError, StrictError
 from qpass.graph.edit import get_constant
 from qpass.graph.record import GRAPH_KEY, GraphRecord
@@ -23,6 +24,7 @@ from qpass.inspect.operations import Row, operations
 from qpass.inspect.report_html import html
 from qpass.inspect.report_text import render
 from qpass.inspect.sqnr import sqnr
+from qpass.inspect.transfers import Transfer, transfers
 from qpass.rewrite.qdq import DEQUANTIZE, QUANTIZE
 
 
@@ -34,7 +36,8 @@ class Report:
     buffers, ``bytes_after`` those of the constants that the graphs read now: a prepacked weight counts a byte a value,
     the codes it was packed from count only where something else still reads them. ``leftover`` counts the q/dq
     operations in the graphs: once lowered, those that Inductor fuses into their neighbours. ``sqnr`` is in dB, None
-    where no reference was given.
+    where no reference was given. ``transfers`` are the collectives of what was compiled with ``comm``; ``stage`` is
+    "compiled" where no compute was lowered beside them.
     """
 
     stage: str
@@ -46,6 +49,7 @@ class Report:
     notes: tuple[str, ...] = ()
     sqnr: float | None = None
     graphs: int = 1
+    transfers: tuple[Transfer, ...] = ()
 
     def count(self, *outcomes: str) -> int:
         """The number of operations with one of these outcomes; of all but the exact ones when none is named."""
@@ -53,13 +57,15 @@ class Report:
         return sum(row.count for row in self.rows if row.outcome in wanted and not row.fused)
 
     @property
-    def missed(self) -> tuple[Row, ...]:
-        """The operations for which the configuration asked for more than was done."""
-        return tuple(row for row in self.rows if row.missed)
+    def missed(self) -> tuple[Row | Transfer, ...]:
+        """The operations and collectives for which the configuration asked for more than was done."""
+        every: list[Row | Transfer] = [*self.rows, *self.transfers]
+        return tuple(row for row in every if row.missed)
 
     def to_dict(self) -> dict[str, Any]:
         """The report in dicts, lists, strings and numbers, as JSON takes them; an infinite SQNR becomes a string."""
         plain = asdict(self) | {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
+        plain["transfers"] = [asdict(transfer) for transfer in self.transfers]
         if self.sqnr is not None and math.isinf(self.sqnr):
             plain["sqnr"] = str(self.sqnr)
         return plain
@@ -76,7 +82,7 @@ def report(gm: Any, inputs: Any = None, reference: Callable[..., Any] | None = N
 
     Args:
         gm: a prepared, quantized or lowered graph, a model prepared without inputs that has seen a batch, or a model
-            compiled with ``backend="qpass"`` that ran.
+            or function compiled with ``backend="qpass"`` that ran.
         inputs: with ``reference``, the batches to measure the SQNR on, as :func:`qpass.sqnr` takes them.
         reference: the model to compare with, usually the float one.
         strict: raise when the configuration asked for more than was done.
@@ -89,29 +95,34 @@ def report(gm: Any, inputs: Any = None, reference: Callable[..., Any] | None = N
     if (inputs is None) != (reference is None):
         given, lacking = ("inputs", "reference") if reference is None else ("reference", "inputs")
         raise InputError(f"report was given {given} but no {lacking}", hint="SQNR needs both, the rest needs neither")
-    found = report_graphs(_graphs(gm), strict=strict)
+    graphs, communications = _compiled(gm)
+    found = report_graphs(graphs, communications, strict=strict)
     return found if reference is None else replace(found, sqnr=sqnr(reference, gm, inputs))
 
 
-def report_graphs(graphs: Sequence[fx.GraphModule], strict: bool = False) -> Report:
-    """One report on all of ``graphs``; raises as :func:`report` does."""
+def report_graphs(
+    graphs: Sequence[fx.GraphModule], communications: Sequence[Communication] = (), strict: bool = False
+) -> Report:
+    """One report on all of ``graphs``, and on what compilations decided; raises as :func:`report` does."""
     records = [_record(gm) for gm in graphs]
     parts = [(region, record) for gm, record in zip(graphs, records, strict=True) for region in regions(gm)]
     every_region = [region for region, _ in parts]
+    notes = [note for gm in graphs for note in _notes(gm)] + conclusions(communications)
     found = Report(
-        stage=", ".join(dict.fromkeys(record.stage for record in records)),
+        stage=", ".join(dict.fromkeys(record.stage for record in records)) or "compiled",
         target=", ".join(dict.fromkeys(record.target for record in records if record.target)),
         rows=tuple(row for region, record in parts for row in operations(region, record.stage)),
         bytes_before=sum(record.float_bytes for record in records),
         bytes_after=constant_bytes(every_region),
         leftover=_leftover(every_region),
-        notes=tuple(dict.fromkeys(note for gm in graphs for note in _notes(gm))),
-        graphs=len(graphs),
+        notes=tuple(dict.fromkeys(notes)),
+        graphs=len(graphs) or len(communications),
+        transfers=tuple(row for each in communications for row in transfers(each.graphs)),
     )
     if strict and found.missed:
         raise StrictError(
             f"{len(found.missed)} operations are not what the configuration asked for",
-            where="\n         ".join(f"{row.module or row.node} ({row.op}): {row.reason}" for row in found.missed),
+            where="\n         ".join(_missed(row) for row in found.missed),
             hint="accept that by config.keep_float(...), or ask for the report without strict=True",
         )
     return found
@@ -132,18 +143,26 @@ def constant_bytes(graphs: Iterable[fx.GraphModule]) -> int:
     return sum(sizes.values())
 
 
-def _graphs(gm: Any) -> list[fx.GraphModule]:
+def _missed(row: Row | Transfer) -> str:
+    if isinstance(row, Transfer):
+        return f"{row.place} ({row.direction} {row.collective}): {row.reason}"
+    return f"{row.module or row.node} ({row.op}): {row.reason}"
+
+
+def _compiled(gm: Any) -> tuple[list[fx.GraphModule], list[Communication]]:
     if isinstance(gm, FirstBatch):
-        return [gm.captured]
-    if not isinstance(gm, OptimizedModule):
-        return [gm]
-    graphs = compiled_graphs(gm._orig_mod)
-    if not graphs:
+        return [gm.captured], []
+    program: Any = gm._orig_mod if isinstance(gm, OptimizedModule) else getattr(gm, "_torchdynamo_orig_callable", None)
+    if program is None:
+        return [gm], []
+    found = compilations(program)
+    if not found:
         raise InputError(
             "this compiled model has no graph of qpass yet",
-            hint='compile it with torch.compile(model, backend="qpass") and run it once without gradients',
+            hint='compile it with torch.compile(model, backend="qpass") and run it once; in training, with comm',
         )
-    return graphs
+    graphs = [one.graph for one in found if one.graph is not None]
+    return graphs, [one.communication for one in found if one.communication is not None]
 
 
 def _record(gm: Any) -> GraphRecord:

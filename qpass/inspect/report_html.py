@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from qpass.inspect import page
 from qpass.inspect.report_text import explained, headline, per_module, per_operation, reasons, remarks
+from qpass.inspect.transfers import per_transfer
 
 if TYPE_CHECKING:
     from qpass.inspect.report import Report
@@ -27,6 +28,9 @@ def html(report: Report) -> str:
         header, *lines = modules
         table = page.table(header, lines)
         parts.append(page.details(page.escape(f"{len(lines)} kinds of places"), table, opened=len(lines) <= 30))
+    if report.transfers:
+        header, *lines = per_transfer(report.transfers)
+        parts.append(page.table(header, lines))
     told = [*explained(report, numbered), *remarks(report)]
     parts += [page.tag("div", page.escape(line.strip())) for line in told]
     return page.block(*parts)

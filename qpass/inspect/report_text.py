@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qpass.inspect.operations import Row
+from qpass.inspect.transfers import per_transfer
 
 if TYPE_CHECKING:
     from qpass.inspect.report import Report
@@ -26,7 +27,7 @@ NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole step of a dotted path
 def render(report: Report) -> str:
     """The text of a report; a reason is written out once, below, and referred to by its number."""
     numbered = reasons(report)
-    tables = (per_operation(report), per_module(report, numbered))
+    tables = (per_operation(report), per_module(report, numbered), per_transfer(report.transfers))
     blocks = [headline(report), *(table(lines[0], lines[1:]) if lines else [] for lines in tables)]
     blocks += [explained(report, numbered), remarks(report)]
     return "\n\n".join("\n".join(block) for block in blocks if block)
@@ -81,6 +82,8 @@ def headline(report: Report) -> list[str]:
     title = f"qpass report: {report.stage}"
     title += f" for {report.target}" if report.target else ""
     title += f", {report.graphs} graphs" if report.graphs > 1 else ""
+    if report.stage == "compiled":
+        return [title, "  operations  left in floating point", *_communication(report)]
     lines = [title, f"  operations  {done}, {', '.join(rest)}"]
     besides = [f"{fused} fused into the one before"] if fused else []
     besides += [f"{moved} only move values"] if moved else []
@@ -88,7 +91,12 @@ def headline(report: Report) -> list[str]:
     lines.append(f"  constants   {_bytes(report.bytes_before)} -> {_bytes(report.bytes_after)}{_percent(report)}")
     if report.sqnr is not None:
         lines.append(f"  SQNR        {report.sqnr:.1f} dB")
-    return lines
+    return lines + _communication(report)
+
+
+def _communication(report: Report) -> list[str]:
+    compressed = sum(bool(row.sent_as) for row in report.transfers)
+    return [f"  collectives {compressed} of {len(report.transfers)} compressed"] if report.transfers else []
 
 
 def _bytes(count: int) -> str:

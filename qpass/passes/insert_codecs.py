@@ -5,26 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from qpass.comm.codec import Codec
+from qpass.comm.cost import Decision
+from qpass.comm.group import process_group
+from qpass.comm.override import Place, Seen
 from qpass.comm.policy import LARGE, Policy
 from qpass.comm.schedule import shots
 from qpass.graph.edit import Editor
 from qpass.graph.record import record_of, set_record
 from qpass.graph.sizes import is_data_dependent, is_known, sizes
-from qpass.passes.annotate import describe
+from qpass.graph.source import module_stack
+from qpass.passes.annotate import NotAsked, describe
 from qpass.passes.frame import Pass
 from qpass.patterns.reduce_scatter import SUMS
-from qpass.rewrite.coalesced import COALESCED, NOT_WAITED, as_bucket, as_coalesced
+from qpass.rewrite.coalesced import COALESCED, NOT_WAITED, Coalesced, as_bucket, as_coalesced
 from qpass.rewrite.coded import ENCODE, as_coded, decoded, encoded
-from qpass.rewrite.collective import PARTS_KEY, Collective, as_collective, is_other_collective
+from qpass.rewrite.collective import KINDS, PARTS_KEY, Collective, as_collective, group_name, is_other_collective
 from qpass.rewrite.in_place import IN_PLACE, as_functional, as_in_place
 from qpass.rewrite.match import normalized
 from qpass.rewrite.parts import coded_parts, fills_rows
 from qpass.rewrite.rule import Refusal, require
-from qpass.rewrite.transfer import free_of_sizes, world_of
+from qpass.rewrite.transfer import free_of_sizes
+
+FORMS = {**KINDS, **{target: kind for table in (COALESCED, IN_PLACE) for target, (kind, _) in table.items()}}
+"""Operator -> kind, of every form of collective that can be compressed."""
 
 
 @dataclass(frozen=True)
@@ -32,131 +38,148 @@ class InsertCodecs(Pass):
     """``collective(x)  ->  collective(decode(encode(x)))`` where the policy wants it; else the record says why not.
 
     The sum of an all_reduce that would send fewer bytes in two transfers is rounded, too:
-    ``wait(all_reduce(x))  ->  decode(encode(wait(all_reduce(decode(encode(x))))))``.
+    ``wait(all_reduce(x))  ->  decode(encode(wait(all_reduce(decode(encode(x))))))``. A list of tensors becomes one
+    (`qpass.rewrite.coalesced`), and what is written in place is copied there (`qpass.rewrite.in_place`).
+
+    ``backward`` says which of the two graphs of a training step this is.
     """
 
     policy: Policy
+    backward: bool = False
 
     def run(self, gm: fx.GraphModule) -> int:
         edit = Editor(gm, self.name)
         count = 0
         for node in list(gm.graph.nodes):
-            collective = as_collective(node)
-            if collective is not None:
-                free_of_sizes(edit, collective)
-                count += self._visit(collective, edit)
-            elif node.target in IN_PLACE:
-                count += self._visit(as_in_place(node), edit)
-            elif node.target in COALESCED:
-                count += self._visit_list(node, edit)
+            if node.target in FORMS:
+                count += self._visit(node, edit)
             elif is_other_collective(node):
                 _leave(node, "this form of collective is not compressed", asked=True)
         return count
 
-    def _visit_list(self, node: fx.Node, edit: Editor) -> int:
-        kind, _ = COALESCED[node.target]
-        try:
-            found = as_coalesced(node)
-            if not found.dtype.is_floating_point:
-                return _leave(node, f"values of {_name(found.dtype)} travel as they are", asked=False)
-            numel = found.numel * (found.world if kind == "all_gather" else 1)
-            size = None if is_data_dependent(numel) else numel
-            decision = self.policy.decide(kind, size, found.dtype, found.world)
-            if not decision:
-                return _leave(node, decision.reason, asked=False)
-            _check_sum(kind, found.op)
-        except Refusal as refusal:
-            return _leave(node, refusal.reason, asked=kind in self.policy.kinds)
-        bucket = as_collective(as_bucket(edit, found, self.policy.codec))
-        assert bucket is not None
-        return self._visit(bucket, edit)
-
-    def _visit(self, collective: Collective, edit: Editor) -> int:
-        node, x = collective.node, collective.x.meta["val"]
-        known = record_of(node)
-        is_done = known is not None and known.outcome == "quantized"
-        if is_done or as_coded(collective.x) is not None or collective.x.target is ENCODE:  # by somebody else
+    def _visit(self, node: fx.Node, edit: Editor) -> int:
+        known, kinds = record_of(node), self.policy.kinds
+        if known is not None and known.outcome == "quantized":
             return 0
-        if not x.dtype.is_floating_point:
-            narrowed = known is not None  # by a rule
-            reason = f"values of {_name(x.dtype)} travel as they are"
-            return 0 if narrowed else _leave(node, reason, asked=False)
         try:
-            world = world_of(collective)
-            numel = _agreed_size(collective, world)
-            decision = self.policy.decide(collective.kind, numel, x.dtype, world)
-            if not decision:
-                return _leave(node, decision.reason, asked=False)
-            _check(collective, world)
+            found = as_coalesced(node) if node.target in COALESCED else _one(node, edit)
+            if isinstance(found, Collective) and (as_coded(found.x) is not None or found.x.target is ENCODE):
+                return 0  # decided by somebody else
+            if known is not None and not found.dtype.is_floating_point:  # narrowed by a rule
+                return 0
+            policy = self._wanted(found)
+            kinds = policy.kinds
+            _check(found)
         except Refusal as refusal:
-            return _leave(node, refusal.reason, asked=collective.kind in self.policy.kinds)
-        if node.target in IN_PLACE:
-            collective = as_functional(edit, collective)
-            node = collective.node
-        wire = self.policy.codec
-        node.replace_input_with(collective.x, _rounded(edit, collective, wire, world))
-        if collective.kind == "all_reduce" and shots(LARGE if numel is None else numel, wire, world) == "two_shot":
-            _round_sum(collective, self.policy, edit)
-        set_record(node, describe(node, "quantized").but(op=collective.kind, kernel=str(wire), asked=True))
+            return _leave(node, refusal.reason, asked=FORMS[node.target] in kinds and not isinstance(refusal, NotAsked))
+        if isinstance(found, Coalesced):
+            found = _one(as_bucket(edit, found, policy.codec), edit)
+        elif node.target in IN_PLACE:
+            found = as_functional(edit, found)
+        _round(found, policy.codec, edit)
+        record = describe(found.node, "quantized").but(op=found.kind, kernel=str(policy.codec), asked=True)
+        set_record(found.node, record.but(group=found.group_name))
         return 1
 
+    def _wanted(self, found: Collective | Coalesced) -> Policy:
+        """What the policy says of one collective; refuses where it wants it plain."""
+        if not found.dtype.is_floating_point:
+            raise NotAsked(f"values of {str(found.dtype).removeprefix('torch.')} travel as they are")
+        if found.world is None:
+            raise Refusal("the number of ranks in its group is not known")
+        whole = found.numel * (found.world if found.kind == "all_gather" else 1)
+        differs = found.kind == "all_to_all" or is_data_dependent(whole)  # no rank can know what the others see
+        numel = None if differs else whole
+        resolved = self.policy.resolve(_place(found.node, self.backward), numel, found.dtype)
+        if isinstance(resolved, Decision):
+            raise NotAsked(resolved.reason)
+        decision = resolved.decide(found.kind, numel, found.dtype, found.world)
+        if not decision:
+            raise NotAsked(decision.reason)
+        return resolved
 
-def _check(collective: Collective, world: int) -> None:
+
+def _one(node: fx.Node, edit: Editor) -> Collective:
+    found = as_in_place(node) if node.target in IN_PLACE else as_collective(node)
+    assert found is not None
+    free_of_sizes(edit, found)
+    return found
+
+
+def _check(found: Collective | Coalesced) -> None:
     """Refuse what no rule of the catalogue sends as payloads."""
-    require(collective.wait is not None, NOT_WAITED)
-    _check_sum(collective.kind, collective.op)
-    numel = collective.x.meta["val"].numel()
-    if collective.kind == "reduce_scatter" and is_data_dependent(numel):
-        require(is_known(numel % world == 0), f"its {numel} elements are not known to make {world} equal parts")
+    if found.kind in ("all_reduce", "reduce_scatter"):
+        require(found.op in SUMS, f"a {found.op} cannot be taken over payloads")
+    if isinstance(found, Coalesced):
+        return  # waited for, or it could not be read
+    require(found.wait is not None, NOT_WAITED)
+    if found.kind == "reduce_scatter" and found.world and is_data_dependent(found.numel):
+        is_even = is_known(found.numel % found.world == 0)
+        require(is_even, f"its {found.numel} elements are not known to make {found.world} equal parts")
 
 
-def _check_sum(kind: str, op: str) -> None:
-    if kind in ("all_reduce", "reduce_scatter"):
-        require(op in SUMS, f"a {op} cannot be taken over payloads")
+def _round(found: Collective, wire: Codec, edit: Editor) -> None:
+    found.node.replace_input_with(found.x, _rounded(edit, found, wire))
+    numel = LARGE if is_data_dependent(found.numel) else found.numel
+    if found.kind == "all_reduce" and shots(numel, wire, found.world) == "two_shot":  # type: ignore[arg-type]
+        _round_sum(found, wire, edit)
 
 
-def _rounded(edit: Editor, collective: Collective, wire: Codec, world: int) -> fx.Node:
+def _rounded(edit: Editor, found: Collective, wire: Codec) -> fx.Node:
     """What is sent, decoded from a payload; where each rank gets a part of its own, each part from one of its own."""
-    node, x = collective.node, collective.x
+    node, x = found.node, found.x
     place: Any = {"like": node, "before": node}
-    parts = world if collective.kind == "reduce_scatter" else 1
-    if collective.kind == "all_to_all":
+    parts: Any = found.world if found.kind == "reduce_scatter" else 1
+    if found.kind == "all_to_all":
         node.meta[PARTS_KEY] = True
         if not fills_rows(x, wire):
             splits = normalized(node)["input_split_sizes"]
-            if not collective.is_even or is_data_dependent(x.meta["val"].numel()):
+            if not found.is_even or is_data_dependent(found.numel):
                 return coded_parts(edit, x, splits, wire, **place)
-            parts = world
+            parts = found.world
     payload = encoded(edit, x, wire, parts, **place)
-    return decoded(edit, payload, wire, parts, sizes(edit, x, **place), x.meta["val"].dtype, **place)
+    return decoded(edit, payload, wire, parts, sizes(edit, x, **place), found.dtype, **place)
 
 
-def _agreed_size(collective: Collective, world: int) -> int | torch.SymInt | None:
-    """Elements of the whole tensor, or None where no rank can know what the others see."""
-    numel = collective.x.meta["val"].numel() * (world if collective.kind == "all_gather" else 1)
-    return None if collective.kind == "all_to_all" or is_data_dependent(numel) else numel
-
-
-def _round_sum(collective: Collective, policy: Policy, edit: Editor) -> None:
-    wait = collective.wait
+def _round_sum(found: Collective, wire: Codec, edit: Editor) -> None:
+    wait = found.wait
     assert wait is not None
-    dtype, readers = wait.meta["val"].dtype, list(wait.users)
+    readers = list(wait.users)
     place: Any = {"like": wait, "before": wait.next}
-    payload = edit.call(ENCODE, wait, str(policy.codec), **place)
-    shape = sizes(edit, collective.x, **place)  # not of the sum, which has one reader that way
-    value = decoded(edit, payload, policy.codec, 1, shape, dtype, **place)
+    payload = edit.call(ENCODE, wait, str(wire), **place)
+    shape = sizes(edit, found.x, **place)  # not of the sum, which has one reader that way
+    value = decoded(edit, payload, wire, 1, shape, found.dtype, **place)
     for reader in readers:
         reader.replace_input_with(wait, value)
 
 
 def _leave(node: fx.Node, reason: str, asked: bool) -> int:
-    known, found = record_of(node), as_in_place(node) if node.target in IN_PLACE else as_collective(node)
+    known = record_of(node)
     if known is not None and known.outcome == "lowered":  # narrowed by a rule, which is worth more to know
         return 0
     record = describe(node, "float", reason=reason).but(asked=asked)
-    set_record(node, record.but(op=found.kind) if found is not None else record)
+    if node.target in FORMS:
+        record = record.but(op=FORMS[node.target], group=group_name(node))
+    set_record(node, record)
     return 0
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def seen_in(gm: fx.GraphModule, policy: Policy, backward: bool) -> Seen:
+    """What the overrides of ``policy`` can be held against in a graph, and which of them hold for a collective."""
+    seen = Seen(backward)
+    for node in gm.graph.nodes:
+        if node.target in FORMS:
+            seen.note(_place(node, backward), policy.overrides)
+    return seen
+
+
+def _place(node: fx.Node, backward: bool) -> Place:
+    modules = tuple(path for path, _ in module_stack(node) if path)
+    return Place(FORMS[node.target], _names_of(group_name(node)), modules, backward)
+
+
+def _names_of(group: str) -> tuple[str, ...]:
+    """The names of a process group: its own, and its description where this process is in it and it has one."""
+    found = process_group(group)
+    described = found.group_desc if found is not None else ""
+    return tuple(name for name in (group, described) if name not in ("", "undefined"))

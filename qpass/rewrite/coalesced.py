@@ -23,9 +23,9 @@ from torch import fx
 from qpass.graph.edit import Editor
 from qpass.graph.sizes import Size, argument, arguments, product, sizes
 from qpass.ops.wire_format import WireFormat
-from qpass.rewrite.collective import SENT_KEY, WAIT, WORLD_KEY, ops, world_in
+from qpass.rewrite.collective import SENT_KEY, WAIT, WORLD_KEY, group_name, ops, world_in
 from qpass.rewrite.match import normalized
-from qpass.rewrite.rule import Refusal, require
+from qpass.rewrite.rule import require
 
 aten = torch.ops.aten
 
@@ -46,7 +46,12 @@ class Coalesced:
     xs: list[fx.Node]
     waits: dict[int, fx.Node]
     op: str
-    world: int
+    world: int | None
+
+    @property
+    def group_name(self) -> str:
+        """The name of the process group; ``""`` where the graph does not hold it."""
+        return group_name(self.node)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,9 +72,7 @@ def as_coalesced(node: fx.Node) -> Coalesced:
     """
     kind, _ = COALESCED[node.target]
     given = normalized(node)
-    xs, world = given["inputs"], world_in(node)
-    if world is None:
-        raise Refusal("the number of ranks in its group is not known", node)
+    xs = given["inputs"]
     dtypes = sorted({str(x.meta["val"].dtype).removeprefix("torch.") for x in xs})
     require(len(dtypes) == 1, f"its tensors are of {' and '.join(dtypes)}", node)
     waits = {}
@@ -79,7 +82,7 @@ def as_coalesced(node: fx.Node) -> Coalesced:
         require(is_waited and item.args[1] not in waits, NOT_WAITED, node)
         waits[item.args[1]] = readers[0]
     require(waits, NOT_WAITED, node)
-    return Coalesced(node, kind, list(xs), waits, given.get("reduce_op", ""), world)  # type: ignore[arg-type]
+    return Coalesced(node, kind, list(xs), waits, given.get("reduce_op", ""), world_in(node))  # type: ignore[arg-type]
 
 
 NOT_WAITED = "its result is read without being waited for, or more than once"
@@ -88,6 +91,7 @@ NOT_WAITED = "its result is read without being waited for, or more than once"
 def as_bucket(edit: Editor, found: Coalesced, wire: WireFormat) -> fx.Node:
     """Send the bucket instead of the list, and return the node that does; results are read off it where they were."""
     node, world = found.node, found.world
+    assert world is not None
     here: Any = {"like": node, "before": node}
     parts = world if found.kind == "reduce_scatter" else 1
     lengths: list[int | Size] = [product(sizes(edit, x, **here)) // parts for x in found.xs]

@@ -64,6 +64,21 @@ class Collective:
     world: int | None
 
     @property
+    def group_name(self) -> str:
+        """The name of the process group; ``""`` where the graph does not hold it."""
+        return group_name(self.node)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is sent."""
+        return self.x.meta["val"].dtype
+
+    @property
+    def numel(self) -> int | torch.SymInt:
+        """The elements of what is sent."""
+        return self.x.meta["val"].numel()
+
+    @property
     def wait(self) -> fx.Node | None:
         """The node that waits for the result, when it is the result's only reader."""
         users = list(self.node.users)
@@ -95,6 +110,12 @@ def is_other_collective(node: fx.Node) -> bool:
     if getattr(target, "namespace", "") not in ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional"):
         return False
     return target not in KINDS and not any(word in target._schema.name for word in ("wait_tensor", "_wrap_tensor"))
+
+
+def group_name(node: fx.Node) -> str:
+    """The name of a collective's process group; ``""`` where the graph does not hold it."""
+    group = normalized(node)["group_name"]
+    return group if isinstance(group, str) else ""
 
 
 def world_in(node: fx.Node) -> int | None:

@@ -75,7 +75,7 @@ def free_of_sizes(edit: Editor, collective: Collective) -> None:
 def send(edit: Editor, collective: Collective, payload: fx.Node, how: str, target: Any, *args: Any) -> fx.Node:
     """Start ``target(payload, *args, group)`` in the collective's place; its record says what went instead of what."""
     issue = edit.call(target, payload, *args, collective.group, like=collective.node, before=collective.node)
-    known = record_of(collective.node) or NodeRecord(collective.kind, "quantized")
+    known = record_of(collective.node) or NodeRecord(collective.kind, "quantized", group=collective.group_name)
     set_record(issue, known.but(outcome="lowered", kernel=how, reason=saved(collective, payload)))
     return issue
 

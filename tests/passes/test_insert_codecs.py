@@ -94,10 +94,6 @@ def test_inputs_of_any_strides_are_sent_in_their_order() -> None:
         assert (a - b).abs().max() <= 0.5 * 1.01 / 127 * max(x.abs().max() for (x,) in inputs)  # half a step
 
 
-def other(x: Tensor) -> Tensor:
-    return send.ops.wait_tensor(send.ops.all_reduce_coalesced([x], "sum", "0")[0])
-
-
 X = torch.ones(4, 50)
 DECLINED: list[tuple[Callable[[Tensor], Any], Tensor, Policy, str, bool]] = [
     (send.all_reduce, X.long(), ALL, "values of int64 travel as they are", False),
@@ -105,7 +101,6 @@ DECLINED: list[tuple[Callable[[Tensor], Any], Tensor, Policy, str, bool]] = [
     (send.all_reduce, X.to(torch.complex64), ALL, "values of complex64 travel as they are", False),
     (lambda x: send.all_reduce(x, "max"), X, ALL, "a max cannot be taken over payloads", True),
     (lambda x: send.reduce_scatter(x, "product"), X, ALL, "a product cannot be taken over payloads", True),
-    (other, X, ALL, "this form of collective is not compressed", True),
     (
         lambda x: send.ops.all_reduce(x, "sum", "0"), X, ALL,
         "its result is read without being waited for, or more than once", True,
@@ -147,6 +142,38 @@ def test_a_measured_link_decides_and_says_its_numbers() -> None:
     record = inserted(traced(send.all_reduce, value(0, 9999)), Policy("int8", min_bytes=0, link=fast))
     assert record.reason.startswith("all_reduce of 9,999 float32 over 2 ranks is sent plain: ")
     assert "compressed" in record.reason
+
+
+HEAD = Policy("int8", min_bytes=0)
+OVERRIDES = [  # of an all_gather of 1,600 bytes in module block, group "0"
+    (HEAD.override("int4", module="bl*"), False, "int4:32:bf16"),
+    (HEAD.override("int4", module="head"), False, "int8:128:bf16"),
+    (HEAD.override("int4", group="0"), False, "int4:32:bf16"),
+    (HEAD.override("int4", group="1"), False, "int8:128:bf16"),
+    (HEAD.override("int4", backward=True), True, "int4:32:bf16"),
+    (HEAD.override("int4", backward=True), False, "int8:128:bf16"),
+    (HEAD.override("int4", min_bytes=1600), False, "int4:32:bf16"),
+    (HEAD.override("int4", min_bytes=1601), False, "int8:128:bf16"),
+    (HEAD.override("int4", kind="all_gather", module="head").override("bf16", kind="all_gather"), False, "bf16"),
+    (Policy("int8", kinds=()).override("int4", kind="all_gather", min_bytes=0), False, "int4:32:bf16"),
+    (Policy("int8").override("int4", kind="all_gather"), False, ""),  # from the policy's min_bytes on
+    (HEAD.keep_plain(module="block"), False, ""),
+    (HEAD.keep_plain(module="head", kind="all_gather"), False, "int8:128:bf16"),
+]
+
+
+@pytest.mark.parametrize(("policy", "backward", "kernel"), OVERRIDES, ids=str)
+def test_overrides_pick_out_collectives(policy: Policy, backward: bool, kernel: str) -> None:
+    gm = traced(send.all_gather, value(0, 4, 50))
+    InsertCodecs(policy, backward).run(gm)
+    (record,) = (record for node in gm.graph.nodes if (record := record_of(node)) is not None)
+    assert (record.kernel, record.group) == (kernel, "0")
+
+
+def test_an_override_that_keeps_something_plain_is_the_reason() -> None:
+    record = inserted(traced(send.all_gather, value(0, 4, 50)), HEAD.keep_plain(module="block"))
+    assert record.reason == "override 0 of the policy (module='block') leaves it plain"
+    assert not record.asked
 
 
 def test_values_that_somebody_rounded_are_left_to_the_rules() -> None:

@@ -1,0 +1,108 @@
+"""What one compilation decided about its collectives, whether Inductor compiled its graphs or a cache had them."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qpass.comm.agreement import agree_on_plan, debug
+from qpass.comm.group import group_of, process_group
+from qpass.comm.policy import Policy
+from qpass.compress import CompressCollectives
+from qpass.decisions import GraphDecisions, take, unmatched
+
+log = logging.getLogger(__name__)
+
+NONE = """comm was asked for, and a compiled graph has no collective
+  where: default DDP and FSDP2 communicate beside the graph, from hooks
+  to do: give DDP qpass.comm.ddp_hook("int8") by register_comm_hook, and FSDP2 to qpass.comm.compress_fsdp"""
+
+
+class Communication:
+    """The decisions of one compilation, as its graphs become known: at once, but for a backward that is compiled later.
+
+    Each is a line of the log. What the policy wants and the rules decline is a warning; so are overrides that match
+    nothing, and, once all graphs are known, that none of them has a collective. With `qpass.comm.debug` the ranks
+    compare their decisions before the graph runs.
+
+    Attributes:
+        graphs: the decisions, graph by graph.
+    """
+
+    def __init__(self, policy: Policy, strict: bool = False, backward: bool = False, training: bool = False) -> None:
+        self.step = CompressCollectives(policy, strict, backward)
+        self.graphs: list[GraphDecisions] = []
+        self._remaining = 1 + training
+        self._backward = backward
+        self._is_running = False
+        self._to_compare: list[GraphDecisions] = []
+
+    def compiled(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., Any]:
+        """The result of ``compile(inner)``, where ``inner`` stands in for Inductor's ``compile_fx_inner``.
+
+        Raises, when it is called, if the ranks have decided differently and `qpass.comm.debug` is on:
+            AgreementError: on every rank.
+        """
+        take()  # what a compilation that failed has left behind
+        call = compile(self._inner)
+        if not self._to_compare:  # nothing was compiled: AOTAutograd's cache had all graphs
+            self._remaining = 0
+            self._add(take() or [GraphDecisions(self._backward)])
+        self._is_running = True
+        return self._compared_first(call) if debug() else call
+
+    def _inner(self, gm: Any, example_inputs: Any, **options: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        take()
+        self.step.backward = self._backward or options.get("is_backward", False)
+        result = compile_fx_inner(gm, example_inputs, **options)
+        self._remaining = 0 if options.get("is_inference") else self._remaining - 1
+        self._add(take() or [GraphDecisions(self.step.backward)])
+        if self._is_running:  # a backward, compiled when it is first needed
+            self._compare()
+        return result
+
+    def _add(self, found: list[GraphDecisions]) -> None:
+        self.graphs += found
+        self._to_compare += found
+        missed = []
+        for decisions in found:
+            for line, record in zip(decisions.lines(), decisions.records, strict=True):
+                log.info(line)
+                missed += [line] if record.is_missed else []
+        if missed:
+            warnings.warn("qpass left collectives uncompressed:\n  " + "\n  ".join(missed), stacklevel=3)
+        for note in conclusions([self]):
+            warnings.warn(note, stacklevel=3)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all graphs are known."""
+        return self._remaining <= 0
+
+    def _compared_first(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def compared(*arguments: Any) -> Any:
+            self._compare()
+            return call(*arguments)
+
+        return compared
+
+    def _compare(self) -> None:
+        plans: dict[str, list[str]] = {}
+        for decisions in self._to_compare if debug() else ():
+            for name, lines in decisions.plans().items():
+                plans.setdefault(name, []).extend(lines)
+        for name in sorted(plans):  # in one order on all ranks, for each waits for the others
+            agree_on_plan(group_of(process_group(name)), plans[name])
+        self._to_compare = []
+
+
+def conclusions(communications: Sequence[Communication]) -> list[str]:
+    """What is to be said of compilations together, once all their graphs are known."""
+    if not communications or not all(each.is_complete for each in communications):
+        return []
+    graphs = [decisions for each in communications for decisions in each.graphs]
+    return unmatched(graphs) if any(decisions.records for decisions in graphs) else [NONE]
