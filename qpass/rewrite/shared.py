@@ -45,10 +45,13 @@ def _origin(value: Any, group: Any, known: dict[fx.Node, Origin]) -> Origin:
         if found is not None and found.kind in ("all_gather", "all_reduce", "broadcast") and found.group == group:
             known[value] = "shared"
         elif found is None and value.op == "call_function" and not _is_random(value):
-            sources = {_origin(source, group, known) for source in value.all_input_nodes}
+            read = value.args[1:2] if value.target is torch.ops.aten.copy.default else value.all_input_nodes
+            sources = {_origin(source, group, known) for source in read}
             known[value] = "own" if "own" in sources else "shared" if "shared" in sources else "constant"
     return known[value]
 
 
 def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether a node's values are drawn, or whatever lay in memory."""
+    name = getattr(node.target, "__name__", "")
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or "empty" in name

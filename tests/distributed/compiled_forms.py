@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
 from qpass import comm
+from qpass.ops import graph_ops
 from ranks import everywhere
 from watched import ALL, INT8, Watch, check_sent, payload_bytes, rounded, value
 
@@ -155,3 +156,26 @@ def lists_of_tensors(rank: int, world: int) -> None:
         comm.reduce_scatter(expected[-1], tensor, op=dist.ReduceOp.AVG, codec=INT8)
     for result, reference in zip(results, expected, strict=True):
         assert torch.equal(result, reference + 1)
+
+
+def quantized_values(rank: int, world: int) -> None:
+    """Values that somebody quantized travel as their codes, without being asked to."""
+
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        largest = x.abs().amax()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        scale, zero = largest / 127, torch.zeros((), dtype=torch.int64)
+        gathered = funcol.all_gather_tensor(x, 0, dist.group.WORLD)
+        codes = graph_ops.quantize_per_tensor.tensor(gathered, scale, zero, -127, 127, torch.int8)
+        rounded_w = graph_ops.quantize_per_tensor.default(w, 0.01 * (rank + 1), rank, -127, 127, torch.int8)
+        own = graph_ops.dequantize_per_tensor.default(rounded_w, 0.01 * (rank + 1), rank, -127, 127, torch.int8)
+        everyones = funcol.all_gather_tensor(own, 0, dist.group.WORLD)
+        return graph_ops.dequantize_per_tensor.tensor(codes, scale, zero, -127, 127, torch.int8), everyones * 2
+
+    x, w = value(rank, 40, 100), value(rank + 5, 30, 70)
+    expected = function(x, w)
+    compiled = torch.compile(function, backend="qpass")
+    compiled(x, w)
+    found = check_sent(compiled, x, w, payloads=40 * 100 + 30 * 70 + 4 + 4 + 8)
+    for result, reference in zip(found, expected, strict=True):
+        assert torch.equal(result, reference)

@@ -23,7 +23,8 @@ RANGE = (-127, 127, torch.int8)
 
 def everyones(x: Tensor) -> Tensor:
     """A scale that all ranks have, since they all got it from one maximum."""
-    return send.all_reduce(x.abs().amax(), "max") / 127
+    largest = x.abs().amax()
+    return torch.ops.aten.copy(largest, send.all_reduce(largest, "max")) / 127  # as AOTAutograd has it
 
 
 def own(x: Tensor) -> Tensor:
@@ -190,6 +191,7 @@ DECLINED: list[tuple[Callable[[Tensor], Tensor], Rule, str]] = [
     (lambda x: send.broadcast(static(x)), MoveCodes(), UNPROVED),
     (lambda x: send.all_to_all(rounded(x, own(x))), MoveCodes(), UNPROVED),
     (lambda x: send.all_gather(rounded(x, torch.full((), 0.1))), MoveCodes(), UNPROVED),
+    (lambda x: send.all_gather(rounded(x, everyones(x) * torch.rand(()))), MoveCodes(), UNPROVED),
     (lambda x: send.all_gather(rounded(x, everyones(x))), GatherScales(), "its scales are known everywhere"),
     (lambda x: send.all_gather(static(x, torch.int16)), GatherScales(), "codes of int16 do not travel"),
     (
