@@ -65,7 +65,7 @@ class GatherScales(Rule):
     def check(self, m: Match, constants: Constants) -> None:
         collective, pair = _read(m.root)
         _check(pair, collective, moves=False)
-        axis = getattr(pair.qparams.granularity, "axis", 0)
+        axis = _axis(pair) or 0
         require(axis == 0, f"its scales belong to dimension {axis}, along which nothing is gathered", collective.node)
         require(not are_shared(pair, collective.group), "its scales are known everywhere", collective.node)
         plain = isinstance(pair.qparams.quant_min, int) and pair.qparams.zero_point is not None
@@ -113,9 +113,7 @@ class QuantizeBeforeGather(Rule):
         collective = issued_by(pair.value)
         _check(pair, collective, moves=True)
         require(are_shared(pair, m.group), UNPROVED, collective.node)
-        computed = [node for node in m.root.all_input_nodes if node is not pair.value]
-        order = {node: index for index, node in enumerate(m.root.graph.nodes)}
-        early = all(order[node] < order[collective.node] for node in computed)
+        early = all(node < collective.node for node in m.root.all_input_nodes if node is not pair.value)
         require(early, "its scale is computed after the transfer has started", collective.node)
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
@@ -142,8 +140,13 @@ def _check(pair: Pair, collective: Collective, moves: bool) -> None:
     require(dtype in TRAVEL, f"codes of {_name(dtype)} do not travel", collective.node)
     known = isinstance(granularity, (PerTensor, PerChannel))
     require(known, f"scales of {type(granularity).__name__} are left where they are", collective.node)
-    along = moves and isinstance(granularity, PerChannel) and granularity.axis == 0
-    require(not along, "its scales belong to the dimension that is moved along", collective.node)
+    require(not moves or _axis(pair) != 0, "its scales belong to the dimension that is moved along", collective.node)
+
+
+def _axis(pair: Pair) -> int | None:
+    """The dimension that has a scale for each index, counted from the front; None where one scale is for all."""
+    granularity = pair.qparams.granularity
+    return granularity.axis % pair.value.meta["val"].dim() if isinstance(granularity, PerChannel) else None
 
 
 def _send_codes(edit: Editor, collective: Collective, pair: Pair) -> fx.Node:

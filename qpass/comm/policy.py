@@ -105,7 +105,8 @@ class Policy:
         """Whether a collective of ``numel`` elements in the whole tensor is compressed, and why.
 
         A symbolic size is asked what `min_bytes` and the codec ask of any other, and so guards the graph: at another
-        answer it is compiled anew, and ranks agree whatever sizes each has compiled for. ``None`` is a large size.
+        answer it is compiled anew, and ranks agree whatever sizes each has compiled for. Only a `link` takes it for a
+        large one, so that with one all ranks must compile for the same sizes. ``None`` is a large size.
         """
         if kind not in self.kinds:
             return _no(f"the policy names {', '.join(self.kinds) or 'no kind'} only")

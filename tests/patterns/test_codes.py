@@ -47,7 +47,7 @@ def static(x: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
 
 def by_channel(x: Tensor, axis: int, shared: bool = False) -> Tensor:
     """Rounded by a scale for each index of a dimension."""
-    largest = x.abs().amax([dim for dim in range(x.dim()) if dim != axis])
+    largest = x.abs().amax([dim for dim in range(x.dim()) if dim != axis]) if x.dim() > 1 else x.abs()
     scales = (send.all_reduce(largest, "max") if shared else largest) / 127
     zeros = torch.zeros_like(scales, dtype=torch.int64)
     codes = graph_ops.quantize_per_channel.default(x, scales, zeros, axis, *RANGE)
@@ -136,6 +136,7 @@ CASES: list[tuple[Callable[[Tensor], Tensor], str, Rule]] = [
     (lambda x: send.all_gather(static(x, torch.uint8)), "all_gather", GatherScales()),
     (lambda x: send.all_gather(by_channel(x, 0)), "all_gather", GatherScales()),
     (lambda x: send.all_gather(by_channel(x.view(4, 5, 10), 0)), "all_gather", GatherScales()),
+    (lambda x: send.all_gather(by_channel(x.view(-1)[:40], -1)), "all_gather", GatherScales()),
 ]
 
 
@@ -200,6 +201,10 @@ DECLINED: list[tuple[Callable[[Tensor], Tensor], Rule, str]] = [
     ),
     (
         lambda x: send.all_gather(by_channel(x, 0, shared=True)), MoveCodes(),
+        "its scales belong to the dimension that is moved along",
+    ),
+    (
+        lambda x: send.all_gather(by_channel(x.view(-1), -1, shared=True)), MoveCodes(),
         "its scales belong to the dimension that is moved along",
     ),
     (late, QuantizeBeforeGather(), "its scale is computed after the transfer has started"),
