@@ -151,10 +151,10 @@ def rotate(x: Tensor) -> Tensor:
 
     By butterflies, not by a matrix product: additions in a fixed order give the same bits for any number of rows.
     """
-    shape = x.shape
-    half = 1
+    shape, half = x.shape, 1
+    count = math.prod(shape) // ROTATION  # spelled out: of nothing, a reshape could not tell
     while half < ROTATION:
-        pairs = x.reshape(-1, ROTATION // (2 * half), 2, half)
+        pairs = x.reshape(count, ROTATION // (2 * half), 2, half)
         low, high = pairs[:, :, 0], pairs[:, :, 1]
         x = torch.stack([low + high, low - high], dim=2)
         half *= 2
@@ -187,9 +187,8 @@ def _scaled(parts: list[Tensor], scale: Tensor, form: WireFormat) -> list[Tensor
     size, rows = form.row // len(parts), scale.shape[0]
     if size % form.block == 0:
         own = scale.unsqueeze(-1).chunk(len(parts), dim=1)
-        return [
-            (part.reshape(rows, -1, form.block) * a).reshape(rows, size) for part, a in zip(parts, own, strict=True)
-        ]
+        blocks = [part.reshape(rows, size // form.block, form.block) for part in parts]
+        return [(part * a).reshape(rows, size) for part, a in zip(blocks, own, strict=True)]
     if form.block % size == 0:
         firsts = (index * size // form.block for index in range(len(parts)))
         return [part * scale[:, first : first + 1] for part, first in zip(parts, firsts, strict=True)]
