@@ -33,6 +33,7 @@ from qpass.passes.insert_codecs import InsertCodecs, seen_in
 from qpass.passes.lower_collectives import LowerCollectives
 from qpass.passes.split_transfers import SplitTransfers
 from qpass.pipeline import PassRun, watch
+from qpass.rewrite.collective import KINDS, is_other_collective
 
 
 def compress(
@@ -136,8 +137,7 @@ def _inductor_schedules() -> bool:
 def _decided(gm: fx.GraphModule) -> Iterable[tuple[fx.Node, NodeRecord]]:
     for node in gm.graph.nodes:
         record = record_of(node)
-        is_sent = "c10d_functional" in getattr(node.target, "namespace", "") or node.target is SEND
-        if record is not None and is_sent:
+        if record is not None and (node.target in KINDS or node.target is SEND or is_other_collective(node)):
             yield node, record
 
 

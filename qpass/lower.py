@@ -11,6 +11,7 @@ from qpass.graph.record import graph_record, record_of
 from qpass.graph.regions import regions
 from qpass.passes.carry_codes import CarryCodes
 from qpass.passes.fold_constants import FoldConstants
+from qpass.passes.lower_collectives import LowerCollectives
 from qpass.passes.lower_islands import LowerIslands
 from qpass.passes.merge_siblings import MergeSiblings
 from qpass.pipeline import Pipeline, without_gc
@@ -20,7 +21,8 @@ from qpass.targets import registry
 def pipeline(target: str) -> Pipeline:
     """The passes from the quantized to the lowered stage."""
     missing = registry.get(target).missing()
-    return Pipeline("lowered", (CarryCodes(), MergeSiblings(target), LowerIslands(target, missing), FoldConstants()))
+    islands = (MergeSiblings(target), LowerIslands(target, missing))
+    return Pipeline("lowered", (LowerCollectives(), CarryCodes(), *islands, FoldConstants()))
 
 
 @without_gc()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.traceback import NodeSource, NodeSourceAction
 from torch.utils._pytree import tree_leaves
@@ -100,7 +101,7 @@ class Editor:
             node.meta["val"] = val
         return node
 
-    @contextmanager
+    @contextlib.contextmanager
     def _at(self, before: fx.Node | None, after: fx.Node | None) -> Iterator[None]:
         with self.graph.inserting_before(before) if before is not None else self.graph.inserting_after(after):
             yield
@@ -113,7 +114,9 @@ def fake_call(*args: Any, call: Callable[..., Any], **kwargs: Any) -> Any:
     if mode is None or any("val" not in node.meta for node in nodes):
         return None
     args, kwargs = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-    with mode, torch.no_grad():
+    # some operators take symbolic sizes in their Python form only
+    by_python = enable_python_dispatcher() if mode.shape_env is not None else contextlib.nullcontext()
+    with mode, by_python, torch.no_grad():
         return call(*args, **kwargs)
 
 

@@ -198,7 +198,7 @@ def encode_formula(x: Tensor, form: str, seed: int = 0) -> Tensor:
     flat, rows = x.reshape(-1), wire.rows(x.numel())
     if wire.is_cast:
         return flat.to(CASTS[wire.format]).view(torch.uint8)
-    padded = torch.nn.functional.pad(flat, (0, rows * wire.row - x.numel())).reshape(-1, wire.row)
+    padded = torch.nn.functional.pad(flat, (0, rows * wire.row - x.numel())).reshape(rows, wire.row)
     numbers = [torch.full((), number, dtype=torch.int64, device=x.device) for number in (seed, 0)]
     codes, scales = wire_kernels.encode_rows(padded, wire, numbers)
     return torch.cat([*(piece.view(torch.uint8) for piece in codes), scales.view(torch.uint8)], dim=1).reshape(-1)
@@ -217,7 +217,7 @@ def decode_reduce_formula(payloads: Tensor, numel: int, dtype: torch.dtype, form
             torch.add, (payload.view(CASTS[wire.format]).to(torch.float32) for payload in payloads)
         )
         return (total / divisor if divisor != 1 else total).to(dtype)
-    rows = payloads.reshape(payloads.shape[0], -1, wire.width)
+    rows = payloads.reshape(payloads.shape[0], wire.rows(numel), wire.width)  # which may be none
     pieces = wire_kernels.reduce_rows((split(row, wire) for row in rows), wire, divisor)
     return torch.cat(pieces, dim=1).reshape(-1)[:numel].to(dtype)
 

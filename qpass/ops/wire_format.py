@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -140,12 +141,12 @@ class WireFormat:
         """Bits an element costs on the wire, scales included, padding not."""
         return 8 * self.width / self.row
 
-    def rows(self, numel: int) -> int:
-        """Rows of a payload of `numel` elements (symbolic sizes stay symbolic)."""
-        return (numel + self.row - 1) // self.row
+    def rows(self, numel: Any) -> Any:
+        """Rows of a payload of `numel` elements (an int; symbolic sizes stay symbolic)."""
+        return (numel + (self.row - 1)) // self.row
 
-    def payload_bytes(self, numel: int) -> int:
-        """Bytes of a payload of `numel` elements (symbolic sizes stay symbolic)."""
+    def payload_bytes(self, numel: Any) -> Any:
+        """Bytes of a payload of `numel` elements (an int; symbolic sizes stay symbolic)."""
         return self.rows(numel) * self.width
 
     def __str__(self) -> str:

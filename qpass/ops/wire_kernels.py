@@ -182,7 +182,8 @@ def rotate(x: Tensor, hints: Hints = NONE) -> Tensor:
     It is the Kronecker product of one of 8 and one of 16: sums of 16 neighbours, then of 8 such sums. Both are taken
     term by term, not by a matrix product: additions in a fixed order give the same bits for any number of rows.
     """
-    rows = x.reshape(-1, ROTATION // 16, 16)
+    count = math.prod(x.shape) // ROTATION  # spelled out: of nothing, a reshape could not tell
+    rows = x.reshape(count, ROTATION // 16, 16)
     inside, across = hints.matrix(16, x.device), hints.matrix(8, x.device)
     sums = hints.keep(_sum(rows[:, :, place : place + 1] * inside[place] for place in range(16)))
     total = _sum(sums[:, place : place + 1] * across[place].unsqueeze(1) for place in range(8))
@@ -219,9 +220,8 @@ def _scaled(parts: list[Tensor], scale: Tensor, form: WireFormat) -> list[Tensor
     size, rows = form.row // len(parts), scale.shape[0]
     if size % form.block == 0:
         own = scale.unsqueeze(-1).chunk(len(parts), dim=1)
-        return [
-            (part.reshape(rows, -1, form.block) * a).reshape(rows, size) for part, a in zip(parts, own, strict=True)
-        ]
+        blocks = [part.reshape(rows, size // form.block, form.block) for part in parts]
+        return [(part * a).reshape(rows, size) for part, a in zip(blocks, own, strict=True)]
     if form.block % size == 0:
         firsts = (index * size // form.block for index in range(len(parts)))
         return [part * scale[:, first : first + 1] for part, first in zip(parts, firsts, strict=True)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,51 +12,9 @@ from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-import qpass.compress
 from qpass import comm
-from qpass.graph.record import NodeRecord
-from qpass.rewrite.collective import KINDS
 from ranks import everywhere
-
-INT8 = comm.codec("int8")
-ALL = {"comm": comm.Policy("int8", tuple(comm.cost.FORMS), 0)}
-
-
-class Watch:
-    """The collectives of every graph that was compiled while it watched: before, after, and the decisions."""
-
-    def __enter__(self) -> Watch:
-        self.before: list[Counter[str]] = []
-        self.after: list[Counter[str]] = []
-        self.decisions: list[NodeRecord] = []
-        self.original = qpass.compress.compress
-
-        def compress(gm: Any, *args: Any, **kwargs: Any) -> Any:
-            self.before.append(counted(gm))
-            result = self.original(gm, *args, **kwargs)
-            self.after.append(counted(result))
-            self.decisions += qpass.compress.collectives(result)
-            return result
-
-        qpass.compress.compress = compress
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        qpass.compress.compress = self.original
-
-
-def counted(gm: Any) -> Counter[str]:
-    """How many collectives of each kind send tensors of which dtype."""
-    sends = ((KINDS[node.target], node.args[0].meta["val"].dtype) for node in gm.graph.nodes if node.target in KINDS)
-    return Counter(f"{kind} {str(dtype).removeprefix('torch.')}" for kind, dtype in sends)
-
-
-def value(rank: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(rank))
-
-
-def rounded(x: Tensor) -> Tensor:
-    return INT8.decode(INT8.encode(x), x.numel(), x.dtype).view(x.shape)
+from watched import ALL, INT8, Watch, rounded, value
 
 
 def user_function(rank: int, world: int) -> None:
