@@ -10,7 +10,7 @@ from torch import fx
 
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
-from qpass.graph.sizes import arguments
+from qpass.graph.sizes import arguments, is_data_dependent
 from qpass.ops import graph_ops
 from qpass.rewrite.collective import Collective, c10d, ops
 from qpass.rewrite.expression import Expr
@@ -24,6 +24,9 @@ from qpass.spec import PerChannel, PerTensor
 aten = torch.ops.aten
 
 TRAVEL = (torch.int8, torch.uint8)
+QPARAMS = 12
+"""Bytes of a scale and a zero point on the wire: float32 and int64."""
+
 UNPROVED = "nothing proves that its scale and zero point are equal on all ranks"
 
 
@@ -70,6 +73,10 @@ class GatherScales(Rule):
         require(not are_shared(pair, collective.group), "its scales are known everywhere", collective.node)
         plain = isinstance(pair.qparams.quant_min, int) and pair.qparams.zero_point is not None
         require(plain, "the range of its codes or its zero point is not stated", collective.node)
+        rows = pair.value.meta["val"].shape[0] if isinstance(pair.qparams.granularity, PerChannel) else 1
+        saved = collective.numel * (collective.dtype.itemsize - pair.qparams.dtype.itemsize)
+        pays = is_data_dependent(collective.numel) or saved > QPARAMS * rows
+        require(pays, "its scales take more bytes than its codes save", collective.node)
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
         collective, pair = _read(m.root)

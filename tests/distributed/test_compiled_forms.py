@@ -10,7 +10,7 @@ import pytest
 import ranks
 
 PROGRAMS = {
-    "compiled_forms.py": ("changing_sizes", "mixture_of_experts", "lists_of_tensors", "quantized_values"),
+    "compiled_forms.py": ("mixture_of_experts", "lists_of_tensors", "quantized_values"),
     "compiled_sharding.py": ("simple_fsdp", "cast_to_float8"),
 }
 CASES = [(file, program) for file, programs in PROGRAMS.items() for program in programs]
@@ -27,6 +27,13 @@ def test_on_two_ranks(file: str, program: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_meshes_on_four_ranks() -> None:
-    file = str(Path(__file__).with_name("compiled_sharding.py"))
-    assert ranks.run(file, 4, ["two_meshes"], timeout=120)["two_meshes"] == [ranks.OK] * 4
+@pytest.mark.parametrize(
+    ("file", "program", "world"),
+    [
+        ("compiled_forms.py", "changing_sizes", 2), ("compiled_sharding.py", "simple_fsdp_in_float32", 2),
+        ("compiled_sharding.py", "two_meshes", 4),
+    ],
+)  # fmt: skip
+def test_that_takes_longer(file: str, program: str, world: int) -> None:
+    found = ranks.run(str(Path(__file__).with_name(file)), world, [program], timeout=120)
+    assert found[program] == [ranks.OK] * world

@@ -47,7 +47,8 @@ def static(x: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
 
 def by_channel(x: Tensor, axis: int, shared: bool = False) -> Tensor:
     """Rounded by a scale for each index of a dimension."""
-    largest = x.abs().amax([dim for dim in range(x.dim()) if dim != axis]) if x.dim() > 1 else x.abs()
+    others = [dim for dim in range(x.dim()) if dim != axis % x.dim()]
+    largest = x.abs().amax(others) if others else x.abs()
     scales = (send.all_reduce(largest, "max") if shared else largest) / 127
     zeros = torch.zeros_like(scales, dtype=torch.int64)
     codes = graph_ops.quantize_per_channel.default(x, scales, zeros, axis, *RANGE)
@@ -136,7 +137,7 @@ CASES: list[tuple[Callable[[Tensor], Tensor], str, Rule]] = [
     (lambda x: send.all_gather(static(x, torch.uint8)), "all_gather", GatherScales()),
     (lambda x: send.all_gather(by_channel(x, 0)), "all_gather", GatherScales()),
     (lambda x: send.all_gather(by_channel(x.view(4, 5, 10), 0)), "all_gather", GatherScales()),
-    (lambda x: send.all_gather(by_channel(x.view(-1)[:40], -1)), "all_gather", GatherScales()),
+    (lambda x: send.all_gather(by_channel(x.view(40, 5), -2)), "all_gather", GatherScales()),
 ]
 
 
@@ -206,6 +207,10 @@ DECLINED: list[tuple[Callable[[Tensor], Tensor], Rule, str]] = [
     (
         lambda x: send.all_gather(by_channel(x.view(-1), -1, shared=True)), MoveCodes(),
         "its scales belong to the dimension that is moved along",
+    ),
+    (
+        lambda x: send.all_gather(by_channel(x.view(-1, 4), 0)), GatherScales(),
+        "its scales take more bytes than its codes save",  # 12 for each 12
     ),
     (late, QuantizeBeforeGather(), "its scale is computed after the transfer has started"),
     (
