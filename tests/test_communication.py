@@ -20,6 +20,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import get_hash_for_files
 from torch._inductor.utils import fresh_cache
 from torch.distributed import _functional_collectives as funcol
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import qpass
@@ -99,6 +101,14 @@ def test_a_cache_that_serves_the_graphs_serves_their_decisions() -> None:
     assert not [name for name in counters["inductor"] if "qpass" in name]
 
 
+def test_a_recording_sees_the_passes_over_a_graph_that_a_cache_has() -> None:
+    step(PLAIN)
+    counters.clear()
+    with qpass.record() as passes:
+        step(PLAIN)
+    assert [found.name for found in passes].count("insert_codecs") == 2  # forward, backward
+
+
 def test_what_is_missed_is_said_again_too() -> None:
     policy = Policy("int8", kinds="all_reduce", min_bytes=0)
     missed = "qpass left collectives uncompressed:\n  all_reduce of {}: sent plain: a max cannot be taken over payloads"
@@ -163,7 +173,8 @@ def test_20_mutations_and_no_stale_graph(monkeypatch: pytest.MonkeyPatch, tmp_pa
     codecs = ("int8:64:bf16", "int8:128:fp32", "int4", "mxint8", "fp8_e4m3", "bf16")
     mutations: list[Policy] = [Policy(name, min_bytes=1 << 40) for name in codecs]
     mutations += [replace(PLAIN, kinds=kinds) for kinds in ("all_gather", ("all_reduce", "all_gather"))]
-    mutations += [replace(PLAIN, link=link), replace(PLAIN, link=replace(link, latency=0.0)), replace(PLAIN, min_bytes=1 << 41)]
+    mutations += [replace(PLAIN, link=link), replace(PLAIN, link=replace(link, latency=0.0))]
+    mutations += [replace(PLAIN, min_bytes=1 << 41)]
     mutations += [PLAIN.override("int4", backward=True), PLAIN.override("int4", backward=False, min_bytes=1 << 40)]
     mutations += [PLAIN.keep_plain(kind="all_reduce"), PLAIN.keep_plain(kind="all_reduce", min_bytes=1)]
     assert [misses(policy) for policy in (PLAIN, PLAIN, *mutations, PLAIN)] == [1, 0, *[1] * len(mutations), 0]
@@ -180,6 +191,21 @@ def test_20_mutations_and_no_stale_graph(monkeypatch: pytest.MonkeyPatch, tmp_pa
     source.write_text("1")
     get_hash_for_files.cache_clear()
     assert misses(PLAIN) == 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_compute_over_dtensors_stays_in_float_and_its_sums_are_compressed(strict: bool) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    model = parallelize_module(nn.Sequential(nn.Linear(64, 64)).requires_grad_(False), mesh, {"0": RowwiseParallel()})
+    options = {"config": "int8_dynamic", "comm": PLAIN, "strict": strict}
+    compiled = torch.compile(model, backend="qpass", options=options)
+    if strict:
+        with pytest.raises(BackendCompilerFailed, match="its tensors are of DTensor"):
+            compiled(torch.randn(8, 32))
+        return
+    with pytest.warns(UserWarning, match="left a compiled graph in float: its tensors are of DTensor"):
+        compiled(torch.randn(8, 32))
+    assert [row.collective for row in qpass.report(compiled).transfers] == ["all_reduce"]
 
 
 def test_a_function_is_reported_past_its_graph_breaks() -> None:
