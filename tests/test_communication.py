@@ -82,7 +82,7 @@ def test_a_cache_that_serves_the_graphs_serves_their_decisions() -> None:
     told = [(row.collective, row.direction, row.module, row.sent_as, row.reason) for row in report.transfers]
     small = "bytes are fewer than the policy's min_bytes of 1,099,511,627,776"
     assert told == [
-        ("all_reduce", "forward", "", "", f"4,096 {small}"),
+        ("all_reduce", "forward", "", "", f"2,048 {small}"),
         ("all_gather", "forward", "head", "", f"10,240 {small}"),
         ("reduce_scatter", "backward", "head", "all_to_all of int8:128:bf16, summed", "10,240 -> 2,600 bytes"),
     ]
@@ -163,7 +163,8 @@ def test_20_mutations_and_no_stale_graph(monkeypatch: pytest.MonkeyPatch, tmp_pa
     codecs = ("int8:64:bf16", "int8:128:fp32", "int4", "mxint8", "fp8_e4m3", "bf16")
     mutations: list[Policy] = [Policy(name, min_bytes=1 << 40) for name in codecs]
     mutations += [replace(PLAIN, kinds=kinds) for kinds in ("all_gather", ("all_reduce", "all_gather"))]
-    mutations += [replace(PLAIN, link=link), replace(PLAIN, link=replace(link, latency=0.0)), replace(PLAIN, min_bytes=1 << 41)]
+    mutations += [replace(PLAIN, link=link), replace(PLAIN, link=replace(link, latency=0.0))]
+    mutations += [replace(PLAIN, min_bytes=1 << 41)]
     mutations += [PLAIN.override("int4", backward=True), PLAIN.override("int4", backward=False, min_bytes=1 << 40)]
     mutations += [PLAIN.keep_plain(kind="all_reduce"), PLAIN.keep_plain(kind="all_reduce", min_bytes=1)]
     assert [misses(policy) for policy in (PLAIN, PLAIN, *mutations, PLAIN)] == [1, 0, *[1] * len(mutations), 0]
