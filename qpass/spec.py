@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qpass.errors import ConfigError, near
-from qpass.numerics import RANGES
+from qpass.numerics import FLOAT8_RANGES, RANGES
 
 if TYPE_CHECKING:
     from qpass.observer import ObserverBase
@@ -60,7 +60,7 @@ class QuantizationSpec:
 
     Args:
         dtype: storage dtype of the codes: int8, uint8, int16, uint16 or int32. A sub-byte range such as -8..7 is
-            carried in int8.
+            carried in int8. Not an 8-bit float: torch's q/dq operators would round it to whole numbers.
         granularity: which elements share a scale.
         symmetric: float 0 maps to the middle of the range (code 0 for a signed range), else to a zero point of its own.
         dynamic: the scale is computed from each tensor at run time, else once, from calibration data.
@@ -148,6 +148,13 @@ class QuantizationSpec:
 
 
 def _check_fields(spec: QuantizationSpec) -> None:
+    if spec.dtype in FLOAT8_RANGES:
+        raise ConfigError(
+            f"QuantizationSpec cannot store codes as {spec.dtype}: the q/dq operators that graphs carry round to whole "
+            "numbers before they cast, so that 0.3 becomes 0.",
+            hint="use int8; as a cast, outside a prepared model, an 8-bit float is quantized by the operators of "
+            "qpass.ops.quantized_decomposed",
+        )
     if spec.dtype not in RANGES:
         names = [str(dtype).removeprefix("torch.") for dtype in RANGES]
         name = str(spec.dtype).removeprefix("torch.")

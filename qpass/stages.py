@@ -18,6 +18,7 @@ from qpass.passes.cast_compute_dtype import CastComputeDtype
 from qpass.passes.expand_attention import ExpandAttention
 from qpass.passes.fold_batch_norm import FoldBatchNorm
 from qpass.passes.fold_constants import FoldConstants
+from qpass.passes.hoist_casts import HoistCasts
 from qpass.passes.insert_modes import InsertModes
 from qpass.passes.insert_observers import InsertObservers
 from qpass.passes.lower_observers import LowerObservers
@@ -92,7 +93,10 @@ def convert_graph(prepared: fx.GraphModule, strict: bool = False) -> fx.GraphMod
     if strict:
         refuse_left_in_float(prepared)
     gm = copy_graph_module(prepared)
-    passes = (RemoveModes(), FoldBatchNorm(), LowerObservers(), CastComputeDtype(), ExpandAttention(), FoldConstants())
+    passes = (
+        RemoveModes(), FoldBatchNorm(), LowerObservers(),
+        CastComputeDtype(), ExpandAttention(), HoistCasts(), FoldConstants(),
+    )  # fmt: skip
     Pipeline("quantized", passes).run(gm)
     gm = rebuild(gm)
     freeze(gm)

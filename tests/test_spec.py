@@ -62,6 +62,13 @@ def test_specs_are_values() -> None:
             "a range below 8 bits is carried in int8 by quant_min and quant_max",
         ),
         (
+            partial(QuantizationSpec, torch.float8_e5m2),
+            "QuantizationSpec cannot store codes as torch.float8_e5m2: the q/dq operators that graphs carry round to "
+            "whole numbers before they cast, so that 0.3 becomes 0.\n"
+            "  to do: use int8; as a cast, outside a prepared model, an 8-bit float is quantized by the operators of "
+            "qpass.ops.quantized_decomposed",
+        ),
+        (
             partial(QuantizationSpec, granularity="per_channel"),
             "QuantizationSpec granularity cannot be 'per_channel'.\n"
             "  to do: use PerTensor(), PerChannel(axis), PerGroup(group_size) or PerToken()",

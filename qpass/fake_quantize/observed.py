@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,11 +10,13 @@ from torch import Tensor
 
 from qpass.errors import ConfigError
 from qpass.fake_quantize.base import FakeQuantizeBase
-from qpass.fake_quantize.rounding import aligned, decoded, grouped, straight_through
+from qpass.fake_quantize.rounding import aligned, decoded, grouped, recomputed, straight_through
 from qpass.fake_quantize.saved import qparam_faults
+from qpass.fake_quantize.synchronize import warn_of_unsynchronized
 from qpass.modes import in_backward
 from qpass.observer import MovingAverageMinMaxObserver, ObserverBase
-from qpass.observer.base import check_floating, has_values, is_eager
+from qpass.observer.base import check_floating, has_values, is_eager, is_readable
+from qpass.observer.statistics import StatisticsObserver
 from qpass.ops import choose
 from qpass.spec import PerChannel, PerTensor, PerToken
 
@@ -95,17 +96,21 @@ class FakeQuantize(FakeQuantizeBase):
         if self.training and has_values(x, self.fake_quant_enabled):
             self.observe(x.detach())
         if not is_eager(x):
-            return self.round(x, self.fake_quant_enabled[0].bool())
+            return recomputed(self.round, x, self.fake_quant_enabled[0].bool())
         return self.round(x, None) if self.fake_quant_enabled[0] else x
 
     def observe(self, x: Tensor) -> None:
         """Show `x` to the observer and take over its qparams, if `observer_enabled`."""
         observer = self.activation_post_process
+        if isinstance(observer, StatisticsObserver) and observer.process_group is None:
+            warn_of_unsynchronized()
         if is_eager(x):
             if self.observer_enabled[0] and not in_backward():
                 observer(x)
                 if not self.is_dynamic and observer.has_data:
                     self._take(*observer.choose_qparams(), None)
+            return
+        if is_readable(self.observer_enabled) and not self.observer_enabled[0]:
             return
         observer.take_shape(x)
         on = self.observer_enabled[0].bool()
@@ -175,12 +180,6 @@ class FakeQuantize(FakeQuantizeBase):
     def choose_qparams(self) -> tuple[Tensor, Tensor]:
         """The scale and the zero point that `forward` rounds with."""
         return self.scale.detach(), self.zero_point
-
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """The scale and the zero point that `forward` rounds with; before data 1 and 0, with a warning."""
-        if not self.has_data:
-            warnings.warn(f"{type(self).__name__} has seen no data: its scale is 1.", stacklevel=2)
-        return self.choose_qparams()
 
     def reset(self) -> None:
         super().reset()

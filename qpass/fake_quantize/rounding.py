@@ -15,7 +15,11 @@ Inductor fuses all of it into one loop, where a custom operator would be a wall.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from qpass import numerics
 from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
@@ -25,6 +29,20 @@ def straight_through(y: Tensor, value: Tensor) -> Tensor:
     """The values of `value`, bit for bit, with the gradient of `y`: a new tensor that nobody else holds."""
     y.detach().copy_(value)
     return y
+
+
+def recomputed(rounds: Callable[[Tensor, Tensor], Tensor], x: Tensor, on: Tensor) -> Tensor:
+    """``rounds(x, on)``; under ``torch.compile`` its backward starts from `x` again, whatever the compiler would save.
+
+    By itself the compiler saves the mask "inside", a byte an element; Inductor writes and reads bools on a CPU element
+    by element, which takes ten times as long as all the rest. Where the gradient of the producer of `x` needs `x` as
+    well, it is kept anyway; elsewhere this costs the memory of `x` until its backward.
+    """
+    compiles = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    if compiles and torch.is_grad_enabled():
+        y: Tensor = checkpoint(rounds, x, on, use_reentrant=False, preserve_rng_state=False)
+        return y
+    return rounds(x, on)
 
 
 def decoded(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantizationSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,8 +66,7 @@ def decoded(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantizationSpec
     unclamped = numerics.unclamped(x, scale, zero_point, spec.dtype, adds_first)
     inside = (unclamped >= low) & (unclamped <= high)
     # codes of up to 16 bits stay in the floating dtype they were computed in, where they are exact
-    exact = spec.dtype not in numerics.FLOAT8_RANGES and not numerics.is_wide(spec.dtype)
-    codes = numerics.saturate(unclamped, low, high, unclamped.dtype if exact else spec.dtype)
+    codes = numerics.saturate(unclamped, low, high, spec.dtype if numerics.is_wide(spec.dtype) else unclamped.dtype)
     return numerics.dequantize(codes, scale, zero_point, x.dtype), inside, unclamped
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from qpass.errors import ConfigError
@@ -40,3 +42,16 @@ def synchronize(module: Module, process_group: object = None) -> Module:
         if isinstance(part, ObserverBase):
             part.process_group = group.group_name  # type: ignore[attr-defined]
     return module
+
+
+@torch.compiler.assume_constant_result
+def warn_of_unsynchronized() -> None:
+    """Say, once, that statistics are gathered on this rank alone although there are others; while tracing, too."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        warnings.warn(
+            "Fake-quantize modules observe on each rank alone, so ranks will quantize differently. For data-parallel "
+            "training: DistributedDataParallel(qpass.fake_quantize.synchronize(model)).",
+            stacklevel=2,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,7 @@ class Editor:
         self.graph = gm.graph
         self.pass_name = pass_name
         self._constants: dict[tuple[Any, ...], Any] = {}
+        self._numbers: Counter[str] = Counter()
 
     def call(
         self,
@@ -45,6 +47,12 @@ class Editor:
         with self._at(before, after):
             node = self.graph.call_function(target, args, kwargs)
         return self._finish(node, like, val if val is not None else fake_call(*args, call=target, **kwargs))
+
+    def numbered(self, name: str) -> str:
+        """``name_0``, ``name_1``, ...: the next one, counting from the last one given, that is not taken."""
+        while hasattr(self.gm, numbered := f"{name}_{self._numbers[name]}"):
+            self._numbers[name] += 1
+        return numbered
 
     def module(self, name: str, *args: Any, like: fx.Node, before: fx.Node | None = None, val: Any = None) -> fx.Node:
         """Insert a call of the sub-module ``name``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -82,7 +83,12 @@ class ObserverBase(nn.Module):
         raise NotImplementedError
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """scale (float32) and zero_point (int32): one element per tensor, else shaped by the granularity."""
+        """scale (float32) and zero_point (int32): one element per tensor, else shaped by the granularity.
+
+        Without data they are 1 and the code of zero, with a warning.
+        """
+        if not self.has_data:
+            warnings.warn(f"{type(self).__name__} has seen no data: its scale is 1.", stacklevel=2)
         return self.choose_qparams()
 
     def reset(self) -> None:
@@ -140,9 +146,29 @@ def has_values(x: Tensor, statistics: Tensor) -> bool:
     return not x.is_meta and (is_fake(statistics) or not is_fake(x))
 
 
+def check_not_transformed(x: Tensor, statistics: Tensor, module: nn.Module) -> None:
+    """Refuse to take a tensor of ``torch.func.vmap`` or ``grad`` into statistics that the transform does not hold.
+
+    Raises:
+        CalibrationError: `x` belongs to a function transform, and `statistics` do not.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if not torch.compiler.is_compiling() and wrapped(x) and not wrapped(statistics):
+        raise CalibrationError(
+            f"{type(module).__name__} cannot observe inside torch.func.vmap or grad: a transform may not write to the "
+            "buffers of a module.",
+            hint="call the model on batches first; then model.eval(), or qpass.fake_quantize.freeze_observers(model)",
+        )
+
+
 def is_eager(x: Tensor) -> bool:
     """Whether Python may branch on values of `x`: no trace, fake tensor, dispatch mode or function transform is at
     work."""
+    return is_readable(x) and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether `x` has one value for all, also where a function transform is at work on others."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return False
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+    return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._functorch.is_functorch_wrapped_tensor(x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,12 +66,6 @@ class RangeObserver(StatisticsObserver):
         if scale.dim() == 0:
             return scale.reshape(1), zero_point.reshape(1)
         return scale, zero_point
-
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """scale (float32) and zero_point (int32). Without data they are 1 and the code of zero, with a warning."""
-        if not self.has_data:
-            warnings.warn(f"{type(self).__name__} has seen no data: its scale is 1.", stacklevel=2)
-        return self.choose_qparams()
 
     def chosen_range(self) -> tuple[Tensor, Tensor]:
         """The ends of the range to quantize; 0 and 0 where nothing was seen."""

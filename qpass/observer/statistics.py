@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 
-from qpass.observer.base import ObserverBase, check_floating, has_values
+from qpass.observer.base import ObserverBase, check_floating, check_not_transformed, has_values
 from qpass.spec import QuantizationSpec
 
 
@@ -44,6 +44,7 @@ class StatisticsObserver(ObserverBase):
         check_floating(x, self)
         alone = self.process_group is None
         if has_values(x, self.batches) and (guard_or_true(x.numel() > 0) or not alone):
+            check_not_transformed(x, self.batches, self)
             # detached: no gradient from here on, and no grad-mode region in an exported graph
             left_out, seen = self.observe(x.detach())
             self.nonfinite.add_(left_out)

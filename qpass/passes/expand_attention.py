@@ -23,10 +23,12 @@ LONGEST = 1024
 
 @dataclass(frozen=True)
 class ExpandAttention(Pass):
-    """``attention(q, k, v)  ->  matmul(to(softmax(to(matmul(q, k^T), float32) * scale), dtype), v)``
+    """``attention(q, k, v)  ->  matmul(to(softmax(to(matmul(q * scale, k^T), float32)), dtype), v)``
 
     Scores are rounded to the dtype of ``q`` and probabilities to that of ``v``; the softmax between is in float32. The
-    decision was taken in ``prepare``. A causal mask is computed, not stored.
+    scale is one of ``q``, which is smaller than the scores: a power of two, as it is for heads of 16, 64 or 256, is
+    exact there, any other is one more rounding. The decision was taken in ``prepare``. A causal mask is computed, not
+    stored.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -43,9 +45,9 @@ class ExpandAttention(Pass):
         size = q.meta["val"].shape[-1]
         scale = 1 / math.sqrt(size) if given["scale"] is None else given["scale"]
         keys = edit.call(aten.transpose.int, k, -2, -1, **place)
-        scores = edit.call(aten.matmul.default, q, keys, **place)
+        scaled = edit.call(aten.mul.Tensor, q, scale, **place)
+        scores = edit.call(aten.matmul.default, scaled, keys, **place)
         scores = edit.call(aten.to.dtype, scores, torch.float32, **place)
-        scores = edit.call(aten.mul.Tensor, scores, scale, **place)
         if given["is_causal"]:
             shape = [int(q.meta["val"].shape[-2]), int(k.meta["val"].shape[-2])]
             ones = edit.call(aten.new_ones.default, q, shape, dtype=torch.bool, **place)

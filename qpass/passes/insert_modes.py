@@ -151,11 +151,9 @@ def count_of(bn: fx.Node, mode: Mode, edit: Editor) -> fx.Node | None:
 
 def insert(module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, mode: Mode, **place: Any) -> fx.Node:
     """Insert the call of a new sub-module, which is in the mode that the model's own is in."""
-    number = 0
-    while hasattr(edit.gm, f"{name}_{number}"):
-        number += 1
-    edit.gm.add_module(f"{name}_{number}", module.train(mode.training))
-    return edit.module(f"{name}_{number}", *arguments, **place)
+    name = edit.numbered(name)
+    edit.gm.add_module(name, module.train(mode.training))
+    return edit.module(name, *arguments, **place)
 
 
 def replace(node: fx.Node, module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, mode: Mode) -> None:

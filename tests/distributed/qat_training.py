@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,12 +50,23 @@ def qparams(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     }  # fmt: skip
 
 
+def warnings_of(call: Callable[[], Any]) -> list[str]:
+    """What `call` warned of that has to do with ranks."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        call()
+    return [str(warning.message) for warning in caught if "rank" in str(warning.message)]
+
+
 def on_this_rank() -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"warned": warnings_of(lambda: prepared(False)(batches()[0]))}
+    compiled = torch.compile(prepared(False), backend="eager", fullgraph=True)
+    found["warned compiled"] = warnings_of(lambda: compiled(batches()[0]))
     for with_norm in (False, True):
         model = synchronize(prepared(with_norm))
-        train(DistributedDataParallel(model), [batch.chunk(world)[rank] for batch in batches()])
+        parallel, parts = DistributedDataParallel(model), [batch.chunk(world)[rank] for batch in batches()]
+        found["synchronized"] = warnings_of(partial(train, parallel, parts))
         codes = {key: value for key, value in qpass.convert(model).state_dict().items() if key.endswith("codes")}
         found["norm" if with_norm else "plain"] = qparams(model), codes, model.state_dict()
     return found

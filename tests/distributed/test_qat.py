@@ -39,3 +39,11 @@ def test_and_as_one_process_on_the_union(ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(scale, expected[name][0], rtol=1e-5, atol=0)
         assert torch.equal(zero_point, expected[name][1])
     torch.testing.assert_close(state["0.weight"], alone.state_dict()["0.weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_that_do_not_share_their_statistics_are_told_so_once(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for how in ("warned", "warned compiled"):
+            assert len(rank[how]) == 1, how
+            assert "synchronize(model)" in rank[how][0]
+        assert rank["synchronized"] == []

@@ -203,3 +203,18 @@ def test_other_observers_inside() -> None:
         assert module.scale < 7 / 7.5  # the outlier alone would make it 8 / 7.5
         exported = torch.export.export(copy.deepcopy(module), (x,)).module()
         assert torch.equal(exported(x), module(x))
+
+
+def test_function_transforms_map_it_in_training_too_but_cannot_observe() -> None:
+    x = torch.randn(3, 4, 8)
+    for module in (FakeQuantize(), modules.default_per_channel_weight_fake_quant(), FakeQuantize(HistogramObserver)):
+        module(x[0])
+        gradient = torch.func.grad(lambda row, module=module: module(row).sum())
+        for transform, given in ((torch.func.vmap(module), x), (gradient, x[0]), (torch.func.vmap(gradient), x)):
+            with pytest.raises(CalibrationError, match=r"cannot observe inside torch\.func\.vmap or grad"):
+                transform(given)
+        freeze_observers(module)
+        assert torch.equal(torch.func.vmap(module)(x), torch.stack([module(row) for row in x]))
+        leaf = x.clone().requires_grad_()
+        torch.stack([module(row) for row in leaf]).sum().backward()
+        assert torch.equal(torch.func.vmap(gradient)(x), leaf.grad)

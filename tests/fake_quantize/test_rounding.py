@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from qpass import numerics
 from qpass.fake_quantize import FakeQuantize
@@ -188,3 +190,28 @@ def test_one_graph_under_dynamo() -> None:
         net[2].fake_quant_enabled[0] = flag
         compiled(torch.randn(5, 8))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("kind", ["tensor", "channel", "group"])
+def test_a_compiled_backward_is_given_no_mask(kind: str) -> None:
+    """Inductor's partitioner by itself saves the bools "inside", which its CPU kernels read and write one at a time."""
+    module = made(kind, "uint8")
+    module(torch.randn(5, 8))
+    given: list[torch.dtype] = []
+
+    def backward(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        given.extend(t.dtype for t in inputs if t.numel() == 40)
+        return gm.forward
+
+    backend = aot_autograd(
+        fw_compiler=lambda gm, _: gm.forward,
+        bw_compiler=backward,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    x, grad = values(torch.float32), torch.randn(5, 8)
+    module.disable_observer()
+    expected = differentiated(module, x, grad)
+    found = differentiated(torch.compile(module, backend=backend, fullgraph=True), x, grad)
+    assert given == [torch.float32, torch.float32]  # x and the gradient
+    assert torch.equal(bits(found[0]), bits(expected[0]))
+    assert torch.equal(bits(found[1]), bits(expected[1]))

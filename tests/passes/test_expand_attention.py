@@ -36,10 +36,10 @@ def test_attention_becomes_two_products_and_a_softmax() -> None:
     assert run_once(ExpandAttention(), gm, *inputs) == 1
     assert operators(gm).splitlines()[3:] == [
         "transpose_int = transpose.int(inputs_1, -2, -1)",
-        "matmul = matmul(inputs_0, transpose_int)",
+        "mul_tensor = mul.Tensor(inputs_0, 0.5)",
+        "matmul = matmul(mul_tensor, transpose_int)",
         "to_dtype = to.dtype(matmul, float32)",
-        "mul_tensor = mul.Tensor(to_dtype, 0.5)",
-        "softmax_int = softmax.int(mul_tensor, -1)",
+        "softmax_int = softmax.int(to_dtype, -1)",
         "to_dtype_1 = to.dtype(softmax_int, float32)",
         "matmul_1 = matmul(to_dtype_1, inputs_2)",
         "return [matmul_1]",
