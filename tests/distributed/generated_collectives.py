@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -176,8 +176,8 @@ def groups() -> list[tuple[str, int]]:
     return [(default.group_name, default.size())] * 2 + [(twin.group_name, twin.size()), (alone.group_name, 1)]
 
 
-def check(seed: int, rank: int, compiled: bool = False) -> int:
-    """Run one program; the number of its collectives that were compressed.
+def check(seed: int, rank: int, compiled: bool = False) -> tuple[int, list[str]]:
+    """Run one program: the number of its collectives that were compressed, and what is wrong with it on any rank.
 
     ``compiled``: by `torch.compile`, too, which gives the same bits.
     """
@@ -189,30 +189,46 @@ def check(seed: int, rank: int, compiled: bool = False) -> int:
     InsertCodecs(made.policy).run(oracle)
     oracle.recompile()
     compress(narrow, _fitting(made.policy, plain))
-    decisions = [(record.op, record.kernel, record.reason) for record in collectives(narrow)]
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, decisions)
-    assert all(one == decisions for one in everyones), f"seed {seed}: {everyones}"
     expected, found = oracle(*inputs), narrow(*inputs)
+    decisions = [(record.op, record.kernel, record.reason) for record in collectives(narrow)]
+    faults = [] if len({repr(one) for one in gathered(decisions)}) == 1 else [f"ranks decide differently: {decisions}"]
     for lane, x, reference, result in zip(made.lanes, inputs, expected, found, strict=True):
-        said = f"seed {seed}, {lane}"
-        assert result.dtype == reference.dtype, said
-        last = lane.again or lane
-        if last.kind in SAME_ON_ALL and last.world == dist.get_world_size():
-            assert all(torch.equal(one, everywhere(result)[0]) for one in everywhere(result)), said
-        if not lane.tolerance:
-            assert torch.equal(bits(result), bits(reference)), said
-        else:
-            largest = (x.float() * lane.scale).abs().max()
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-            step = torch.finfo(lane.cast).eps if lane.cast is not None else 0.0  # a cast may fall on either side
-            off = (result.float() - reference.float()).abs().max()
-            assert off <= (lane.tolerance + 2 * step) * 1.1 * largest, f"{said}: {off} of {largest}"
+        faults += [f"{fault}: {lane}" for fault in _differences(lane, x, reference, result)]
     if compiled:
-        again = torch.compile(made, backend="qpass", options={"comm": made.policy})(*inputs)
-        for lane, one, other in zip(made.lanes, again, found, strict=True):
-            assert torch.equal(one.float(), other.float()), f"seed {seed}, {lane}, compiled"
-    return sum(record.outcome == "lowered" for record in collectives(narrow))
+        torch._dynamo.reset()
+        again = torch.compile(made, backend="qpass", options={"comm": made.policy}, dynamic=False)(*inputs)
+        same = [torch.equal(bits(one), bits(other)) for one, other in zip(again, found, strict=True)]
+        faults += [f"other bits when compiled: {lane}" for lane, ok in zip(made.lanes, same, strict=True) if not ok]
+    everyones = sorted({f"seed {seed}: {fault}" for faults in gathered(faults) for fault in faults})
+    return sum(record.outcome == "lowered" for record in collectives(narrow)), everyones
+
+
+def _differences(lane: Lane, x: Tensor, reference: Tensor, result: Tensor) -> Iterator[str]:
+    """What is wrong with the result of one lane. All ranks make the same calls here, whatever each of them finds."""
+    last = lane.again or lane
+    is_same = last.kind in SAME_ON_ALL and last.world == dist.get_world_size()
+    if is_same and len({tuple(one.tolist()) for one in everywhere(result)}) > 1:
+        yield "the ranks have different results"
+    if result.dtype != reference.dtype or result.shape != reference.shape:
+        yield f"{result.dtype} {list(result.shape)} instead of {reference.dtype} {list(reference.shape)}"
+    elif not lane.tolerance:
+        if not torch.equal(bits(result), bits(reference)):
+            off = (result.float() - reference.float()).abs().max()
+            yield f"other bits than the oracle, up to {off}"
+    else:
+        largest = (x.float() * lane.scale).abs().max()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        step = torch.finfo(lane.cast).eps if lane.cast is not None else 0.0  # a cast may fall on either side
+        off = (result.float() - reference.float()).abs().max()
+        if off > (lane.tolerance + 2 * step) * 1.1 * largest:  # a decoded value may be a little larger than any sent
+            yield f"{off} from the oracle, of {largest}"
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of every rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def bits(x: Tensor) -> Tensor:
@@ -227,10 +243,16 @@ def _fitting(policy: comm.Policy, gm: fx.GraphModule) -> comm.Policy:
 
 def some(rank: int, world: int) -> None:
     """A few programs, one of them compiled."""
-    assert sum(check(seed, rank, compiled=seed == 0) for seed in range(8)) > 4
+    _run(range(8), rank, every=8)
 
 
 def many(rank: int, world: int) -> None:
     """200 programs, every twentieth of them compiled."""
-    compressed = sum(check(seed, rank, compiled=seed % 20 == 0) for seed in range(200))
-    assert compressed > 100, "the programs are not about compression any more"
+    _run(range(200), rank, every=20)
+
+
+def _run(seeds: range, rank: int, every: int) -> None:
+    checked = [check(seed, rank, compiled=seed % every == 0) for seed in seeds]
+    faults = [fault for _, faults in checked for fault in faults]
+    assert not faults, f"{len(faults)} faults\n" + "\n".join(faults)
+    assert sum(count for count, _ in checked) > len(seeds) / 2  # else the programs are not about compression any more
