@@ -60,7 +60,7 @@ class Backend:
             log.info("compute is left in floating point")
             if self.comm is None:
                 return compile_plain(gm, example_inputs, (), dict(self.inductor))
-            communication = self._communication(self.comm, training)
+            communication = self._communication(gm, self.comm, training)
             remember(None, _parameters(example_inputs), communication)
             patches = {**EXACT, **dict(self.inductor)}
             return communication.compiled(
@@ -76,7 +76,7 @@ class Backend:
         if self.comm is None:
             remember(lowered, weights)
             return compile_lowered(lowered, example_inputs, **options)
-        communication = self._communication(self.comm, training)
+        communication = self._communication(gm, self.comm, training)
         remember(lowered, weights, communication)
         return communication.compiled(
             lambda inner: compile_lowered(
@@ -84,9 +84,9 @@ class Backend:
             )
         )
 
-    def _communication(self, comm: Policy, training: bool) -> Communication:
+    def _communication(self, gm: fx.GraphModule, comm: Policy, training: bool) -> Communication:
         backward = torch._dynamo.compiled_autograd.in_compiled_autograd_region
-        return Communication(comm, self.strict, backward, training)
+        return Communication(gm, comm, self.strict, backward, training)
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
         if _has_qdq(graph):
