@@ -61,11 +61,12 @@ class Backend:
             if self.comm is None:
                 return compile_plain(gm, example_inputs, (), dict(self.inductor))
             communication = self._communication(gm, self.comm, training)
-            remember(None, _parameters(example_inputs), communication)
             patches = {**EXACT, **dict(self.inductor)}
-            return communication.compiled(
+            call = communication.compiled(
                 lambda inner: compile_plain(gm, example_inputs, [communication.step], patches, inner)
             )
+            remember(None, _parameters(example_inputs), communication)
+            return call
         captured = from_dynamo(gm, example_inputs)
         normalize(captured.graph_module)
         lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
@@ -77,12 +78,13 @@ class Backend:
             remember(lowered, weights)
             return compile_lowered(lowered, example_inputs, **options)
         communication = self._communication(gm, self.comm, training)
-        remember(lowered, weights, communication)
-        return communication.compiled(
+        call = communication.compiled(
             lambda inner: compile_lowered(
                 lowered, example_inputs, post_grad=[communication.step], inner=inner, **options
             )
         )
+        remember(lowered, weights, communication)
+        return call
 
     def _communication(self, gm: fx.GraphModule, comm: Policy, training: bool) -> Communication:
         backward = torch._dynamo.compiled_autograd.in_compiled_autograd_region

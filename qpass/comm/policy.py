@@ -83,14 +83,15 @@ class Policy:
         """A policy that leaves some more collectives as they are. Arguments as for `Override`."""
         return self.override(None, kind=kind, group=group, module=module, backward=backward, min_bytes=min_bytes)
 
-    def resolve(self, place: Place, numel: int, dtype: torch.dtype) -> Policy | Decision:
+    def resolve(self, place: Place, numel: int | torch.SymInt | None, dtype: torch.dtype) -> Policy | Decision:
         """What holds for one collective: a policy without overrides, or, where one of them keeps it plain, a decision.
 
-        ``numel`` are the elements of the whole tensor, as for `decide`.
+        ``numel`` are the elements of the whole tensor, as for `decide`; None stands for a size that no rank can know of
+        all, and is taken for a large one.
         """
         for index, override in enumerate(self.overrides):
             least = self.min_bytes if override.min_bytes is None else override.min_bytes
-            if not override.matches(place) or numel * dtype.itemsize < least:
+            if not override.matches(place) or (numel is not None and numel * dtype.itemsize < least):
                 continue
             if override.codec is None:
                 return _no(f"override {index} of the policy ({override}) leaves it plain")
