@@ -67,7 +67,7 @@ def compilations(program: torch.nn.Module | Callable[..., Any]) -> list[Compiled
     weights was not compiled for a model without them, whatever its code.
     """
     is_model = isinstance(program, torch.nn.Module)
-    function: Any = type(program).forward if is_model else inspect.unwrap(program)
+    function: Any = type(program).forward if isinstance(program, torch.nn.Module) else inspect.unwrap(program)
     code, held = getattr(function, "__code__", None), [program]
     if not is_model:
         names = inspect.getclosurevars(function) if inspect.isfunction(function) else None
