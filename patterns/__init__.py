@@ -13,9 +13,10 @@ if __name__ != "qpass.patterns":  # found as a top-level folder: every rule woul
 
 from qpass.patterns.all_gather import CastBeforeGather, GatherPayloads
 from qpass.patterns.all_reduce import AllReduceOneShot, AllReduceTwoShot
-from qpass.patterns.all_to_all import ExchangePayloads
+from qpass.patterns.all_to_all import ExchangeParts, ExchangePayloads, ExchangeRows
 from qpass.patterns.attention import KEPT as _ATTENTION
 from qpass.patterns.broadcast import BroadcastPayload
+from qpass.patterns.codes import GatherScales, MoveCodes, QuantizeBeforeGather
 from qpass.patterns.conv import Conv
 from qpass.patterns.elementwise import KEPT as _ELEMENTWISE
 from qpass.patterns.elementwise import Add, Mul
@@ -35,8 +36,8 @@ CATALOGUE: tuple[Island, ...] = (Linear(), Matmul(), Conv(), Embedding(), Add(),
 COLLECTIVES: tuple[tuple[Rule, ...], ...] = (
     (AllReduceTwoShot(),),
     (
-        AllReduceOneShot(), BroadcastPayload(), CastBeforeGather(), ExchangePayloads(), GatherPayloads(),
-        ReduceScatterPayloads(),
+        AllReduceOneShot(), BroadcastPayload(), CastBeforeGather(), ExchangeParts(), ExchangePayloads(), ExchangeRows(),
+        GatherPayloads(), GatherScales(), MoveCodes(), QuantizeBeforeGather(), ReduceScatterPayloads(),
     ),
 )  # fmt: skip
 """What is sent as payloads, walk after walk: an all_reduce goes in two shots where it may, else in one."""

@@ -15,7 +15,7 @@ from qpass.rewrite.collective import WAIT, c10d, ops
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule, require
-from qpass.rewrite.transfer import issued_by, payload_of, send, wait_for, world_of
+from qpass.rewrite.transfer import issued_by, payload_of, result_shape, send, wait_for, world_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -37,11 +37,12 @@ class GatherPayloads(Rule):
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
         collective = issued_by(m.root)
-        coded, val, place = payload_of(collective, 1), m.root.meta["val"], {"like": m.root, "before": m.root}
+        coded, place = payload_of(collective, 1), {"like": m.root, "before": m.root}
         how = f"all_gather of {coded.wire}"
         issue = send(edit, collective, coded.payload, how, ops.all_gather_into_tensor.default, m.world)
         payloads = wait_for(edit, issue, **place)
-        return decoded(edit, payloads, coded.wire, world_of(collective), val.shape, val.dtype, **place)
+        shape, dtype = result_shape(edit, collective, **place), m.root.meta["val"].dtype
+        return decoded(edit, payloads, coded.wire, world_of(collective), shape, dtype, **place)
 
 
 class CastBeforeGather(Rule):

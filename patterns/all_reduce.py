@@ -12,13 +12,14 @@ from torch import fx
 
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
+from qpass.graph.sizes import argument, is_known, sizes
 from qpass.patterns.reduce_scatter import SUMS
 from qpass.rewrite.coded import ENCODE, reduced
 from qpass.rewrite.collective import c10d, ops
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule, require
-from qpass.rewrite.transfer import exchange, issued_by, payload_of, send, wait_for, world_of
+from qpass.rewrite.transfer import exchange, issued_by, payload_of, result_shape, send, wait_for, world_of
 
 aten = torch.ops.aten
 
@@ -39,12 +40,13 @@ class AllReduceOneShot(Rule):
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
         collective = issued_by(m.root)
-        world, val, place = world_of(collective), m.root.meta["val"], {"like": m.root, "before": m.root}
+        world, place = world_of(collective), {"like": m.root, "before": m.root}
         coded = payload_of(collective, 1)
         how = f"all_gather of {coded.wire}, summed"
         issue = send(edit, collective, coded.payload, how, ops.all_gather_into_tensor.default, world)
         payloads = wait_for(edit, issue, **place)
-        return reduced(edit, payloads, coded.wire, world, val.shape, val.dtype, m.op == "avg", **place)
+        shape, dtype = result_shape(edit, collective, **place), m.root.meta["val"].dtype
+        return reduced(edit, payloads, coded.wire, world, shape, dtype, m.op == "avg", **place)
 
 
 class AllReduceTwoShot(Rule):
@@ -64,7 +66,7 @@ class AllReduceTwoShot(Rule):
         require(not coded.wire.stochastic, "every rank would round its part of the sum with the same random numbers")
         require(str(coded.wire) == m.form, f"the sum is rounded as {m.form} and its terms as {coded.wire}")
         require(
-            not coded.wire.hadamard or coded.numel % coded.wire.row == 0,
+            not coded.wire.hadamard or is_known(coded.numel % coded.wire.row == 0),
             "the last row is not full, and rotating it would mix its padding into the values",
         )
 
@@ -73,11 +75,13 @@ class AllReduceTwoShot(Rule):
         collective = issued_by(wait)
         world, coded = world_of(collective), payload_of(collective, 1)
         wire, group = coded.wire, collective.group
-        rows = -(-wire.rows(coded.numel) // world)
-        size = coded.payload.meta["val"].numel()
         sent = coded.payload
-        if padding := world * rows * wire.width - size:
-            sent = edit.call(aten.constant_pad_nd.default, sent, [0, padding], like=wait, before=collective.node)
+        (size,) = sizes(edit, sent, like=wait, before=collective.node)
+        rows = (size // wire.width + (world - 1)) // world  # of each rank's part; the last may own less, or nothing
+        padding = world * rows * wire.width - size
+        if padding != 0:
+            pad = [0, argument(padding)]
+            sent = edit.call(aten.constant_pad_nd.default, sent, pad, like=wait, before=collective.node)
         issue = exchange(edit, collective, sent, f"all_to_all of {wire}, summed, all_gather", world)
         place = {"like": wait, "before": m.root}
         parts = wait_for(edit, issue, like=wait, before=wait)
@@ -86,4 +90,4 @@ class AllReduceTwoShot(Rule):
         payload = edit.call(ENCODE, total, m.form, **place)
         gathered = edit.call(ops.all_gather_into_tensor.default, payload, world, group, **place)
         payloads = wait_for(edit, gathered, **place)
-        return edit.call(aten.slice.Tensor, payloads, 0, 0, size, **place) if padding else payloads
+        return edit.call(aten.slice.Tensor, payloads, 0, 0, argument(size), **place) if padding != 0 else payloads

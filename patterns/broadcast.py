@@ -13,7 +13,7 @@ from qpass.rewrite.collective import c10d, ops
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule
-from qpass.rewrite.transfer import issued_by, payload_of, send, wait_for
+from qpass.rewrite.transfer import issued_by, payload_of, result_shape, send, wait_for
 
 
 class BroadcastPayload(Rule):
@@ -30,7 +30,8 @@ class BroadcastPayload(Rule):
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
         collective = issued_by(m.root)
-        coded, val, place = payload_of(collective, 1), m.root.meta["val"], {"like": m.root, "before": m.root}
+        coded, place = payload_of(collective, 1), {"like": m.root, "before": m.root}
         issue = send(edit, collective, coded.payload, f"broadcast of {coded.wire}", ops.broadcast.default, m.src)
         payload = wait_for(edit, issue, **place)
-        return decoded(edit, payload, coded.wire, 1, val.shape, val.dtype, **place)
+        shape, dtype = result_shape(edit, collective, **place), m.root.meta["val"].dtype
+        return decoded(edit, payload, coded.wire, 1, shape, dtype, **place)

@@ -13,7 +13,7 @@ from qpass.rewrite.collective import c10d
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule, require
-from qpass.rewrite.transfer import exchange, issued_by, payload_of, wait_for, world_of
+from qpass.rewrite.transfer import exchange, issued_by, payload_of, result_shape, wait_for, world_of
 
 SUMS = ("sum", "avg")
 """The reductions that can be taken over decoded payloads; a maximum could, too, but saves no error."""
@@ -34,8 +34,9 @@ class ReduceScatterPayloads(Rule):
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
         collective = issued_by(m.root)
-        world, val, place = world_of(collective), m.root.meta["val"], {"like": m.root, "before": m.root}
+        world, place = world_of(collective), {"like": m.root, "before": m.root}
         coded = payload_of(collective, world)
         issue = exchange(edit, collective, coded.payload, f"all_to_all of {coded.wire}, summed", world)
         payloads = wait_for(edit, issue, **place)
-        return reduced(edit, payloads, coded.wire, world, val.shape, val.dtype, m.op == "avg", **place)
+        shape, dtype = result_shape(edit, collective, **place), m.root.meta["val"].dtype
+        return reduced(edit, payloads, coded.wire, world, shape, dtype, m.op == "avg", **place)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from qpass import presets
@@ -56,7 +57,11 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         training = _is_training(example_inputs)
-        if training or (self.config is None and not _has_qdq(gm)):
+        in_float = training or (self.config is None and not _has_qdq(gm))
+        if not in_float and (kind := _wrapped(example_inputs)) and not _has_qdq(gm):
+            self._leave_in_float(f"its tensors are of {kind}, which only AOTAutograd takes apart, behind our capture")
+            in_float = True
+        if in_float:
             log.info("compute is left in floating point")
             if self.comm is None:
                 return compile_plain(gm, example_inputs, (), dict(self.inductor))
@@ -85,6 +90,11 @@ class Backend:
         )
         remember(lowered, weights, communication)
         return call
+
+    def _leave_in_float(self, why: str) -> None:
+        if self.strict:
+            raise StrictError(why, hint="give comm and no config, or compile without strict=True")
+        warnings.warn(f"qpass left a compiled graph in float: {why}", stacklevel=3)
 
     def _communication(self, gm: fx.GraphModule, comm: Policy, training: bool) -> Communication:
         backward = torch._dynamo.compiled_autograd.in_compiled_autograd_region
@@ -177,6 +187,11 @@ def _is_training(example_inputs: Sequence[Any]) -> bool:
 def _parameters(example_inputs: Sequence[Any]) -> list[torch.Tensor]:
     """The parameters among a graph's inputs; compiled autograd gives its own in lists."""
     return [leaf for leaf in tree_leaves(list(example_inputs)) if isinstance(leaf, torch.nn.Parameter)]
+
+
+def _wrapped(example_inputs: Sequence[Any]) -> str:
+    """The type of a tensor that holds other tensors, as a DTensor does; "" where all are plain."""
+    return next((type(value).__name__ for value in example_inputs if is_traceable_wrapper_subclass(value)), "")
 
 
 def _has_qdq(gm: fx.GraphModule) -> bool:

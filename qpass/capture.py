@@ -22,6 +22,7 @@ from qpass.errors import CaptureError
 from qpass.example_inputs import example_of, fresh_tensors, resize_batch, tensors_of
 from qpass.graph.edit import copy_graph_module, owner_of
 from qpass.graph.guard import guard_inputs, symbol_of
+from qpass.graph.module import Draft
 from qpass.graph.normalize import normalize
 from qpass.graph.record import graph_record
 from qpass.graph.same import same_operators
@@ -136,10 +137,10 @@ class _Traced:
 def _trace(model: nn.Module | ExportedProgram, example_inputs: Any, kwargs: Any, dynamic_shapes: Any) -> _Traced:
     if isinstance(model, ExportedProgram):
         traced = _from_program(model)
-        traced.gm = copy_graph_module(traced.gm)  # its regions are the program's own
+        traced.gm = copy_graph_module(traced.gm, Draft)  # its regions are the program's own
         return traced
     if isinstance(model, fx.GraphModule) and _is_aten(model):
-        gm = copy_graph_module(model)
+        gm = copy_graph_module(model, Draft)
         for guards in [node for node in gm.graph.nodes if node.target == _GUARDS]:
             gm.graph.erase_node(guards)
         ranges = getattr(model, "range_constraints", None) or {}  # ExportedProgram.module() carries them

@@ -8,6 +8,7 @@ and what follows from it (:mod:`qpass.passes.lower_collectives`) are passes of t
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import fx
+from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 import qpass.patterns
 from qpass.comm.codec import Codec
 from qpass.comm.override import Seen
+from qpass.comm.pieces import SEND
 from qpass.comm.policy import Policy, policy
 from qpass.decisions import GraphDecisions, keep
 from qpass.errors import ConfigError, StrictError
@@ -29,6 +32,9 @@ from qpass.passes.expand_codecs import ExpandCodecs
 from qpass.passes.frame import Pass
 from qpass.passes.insert_codecs import InsertCodecs, seen_in
 from qpass.passes.lower_collectives import LowerCollectives
+from qpass.passes.split_transfers import SplitTransfers
+from qpass.pipeline import PassRun, watch
+from qpass.rewrite.collective import KINDS, is_other_collective
 
 
 def compress(
@@ -38,8 +44,9 @@ def compress(
     """Compress the functional collectives of ``gm``, in place, and return it; `collectives` tells what became of each.
 
     Nodes need ``meta["val"]``, as ``make_fx`` and ``torch.export`` leave it. ``backward`` says which of the two graphs
-    of a training step this is. ``expand`` writes the codecs out in ATen, for a compiler to fuse; without it the graph
-    calls ``qpass::encode``, ``decode`` and ``decode_reduce``. For a policy that is meant for other graphs, too,
+    of a training step this is. ``expand`` makes the graph ready for Inductor: large transfers go in pieces, and all
+    other codecs are written out in ATen, to be fused with what stands around them; without it the graph calls
+    ``qpass::encode``, ``decode`` and ``decode_reduce``. For a policy that is meant for other graphs, too,
     ``seen`` is what `seen_in` found in this one: then an override may match nothing.
 
     Raises:
@@ -51,9 +58,17 @@ def compress(
         refuse_unmatched(seen_in(gm, wanted, backward).looked_for(wanted.overrides))
     # What others rounded or cast is sent narrow first, so that nothing is rounded twice on its way.
     steps: list[Pass] = [LowerCollectives(), InsertCodecs(wanted, backward), LowerCollectives()]
-    for step in [*steps, *([ExpandCodecs()] if expand else [])]:
-        if step.run(gm):
+    watching = watch(gm, "lowered")
+    if expand:
+        steps += [*([] if _inductor_schedules() else [SplitTransfers()]), ExpandCodecs()]
+    for step in steps:
+        start = time.perf_counter()
+        changes = step.run(gm)
+        if changes:
             gm.graph.eliminate_dead_code()
+        run = PassRun(step.name, changes, time.perf_counter() - start)
+        for after in watching:
+            after(gm, run)
     gm.graph.lint()
     missed = [(node, record) for node, record in _decided(gm) if record.is_missed]
     if strict and missed:
@@ -121,10 +136,17 @@ def groups() -> dict[str, tuple[int, str]]:
     return {name: (group.size(), group.group_desc) for group, name in found}
 
 
+def _inductor_schedules() -> bool:
+    """Whether Inductor is asked to move or join collectives, which it can do with its own ones only."""
+    buckets = (config.bucket_all_gathers_fx, config.bucket_all_reduces_fx, config.bucket_reduce_scatters_fx)
+    moves = config.reorder_for_compute_comm_overlap or config.aten_distributed_optimizations.enable_overlap_scheduling
+    return moves or any(bucket != "none" for bucket in buckets)
+
+
 def _decided(gm: fx.GraphModule) -> Iterable[tuple[fx.Node, NodeRecord]]:
     for node in gm.graph.nodes:
         record = record_of(node)
-        if record is not None and "c10d_functional" in getattr(node.target, "namespace", ""):
+        if record is not None and (node.target in KINDS or node.target is SEND or is_other_collective(node)):
             yield node, record
 
 

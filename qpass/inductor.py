@@ -22,7 +22,10 @@ from qpass.graph.edit import copy_graph_module, fake_mode_of, get_constant
 from qpass.graph.misdescribed import spell_out
 from qpass.graph.regions import operands_of, regions
 from qpass.opaque import hide
+from qpass.pipeline import is_recorded
 from qpass.refresh import LiveConstants, pick
+
+UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
 
 
 def compile_lowered(
@@ -173,7 +176,7 @@ def _context(mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
 def _patches(packed: Sequence[Tensor], post_grad: Sequence[CustomGraphPass]) -> dict[str, Any]:
     patches = {"freezing": False, **_after(post_grad)}  # freezing would take the arguments for constants
     if packed:  # the cache's key does not hold the constants: another model's weights would be served
-        patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+        patches |= UNCACHED
     return patches
 
 
@@ -182,4 +185,5 @@ def _after(post_grad: Sequence[CustomGraphPass]) -> dict[str, Any]:
         return {}
     configured = inductor_config.post_grad_custom_post_pass or ()
     first = configured if isinstance(configured, (list, tuple)) else (configured,)
-    return {"post_grad_custom_post_pass": [*first, *post_grad]}
+    # Of a graph that the cache serves there would be nothing to see.
+    return {"post_grad_custom_post_pass": [*first, *post_grad], **(UNCACHED if is_recorded() else {})}

@@ -6,22 +6,26 @@ from torch import fx
 
 from qpass.errors import LowerError, StrictError
 from qpass.graph.edit import copy_graph_module, rebuild
+from qpass.graph.module import Draft
 from qpass.graph.record import graph_record, record_of
 from qpass.graph.regions import regions
 from qpass.passes.carry_codes import CarryCodes
 from qpass.passes.fold_constants import FoldConstants
+from qpass.passes.lower_collectives import LowerCollectives
 from qpass.passes.lower_islands import LowerIslands
 from qpass.passes.merge_siblings import MergeSiblings
-from qpass.pipeline import Pipeline
+from qpass.pipeline import Pipeline, without_gc
 from qpass.targets import registry
 
 
 def pipeline(target: str) -> Pipeline:
     """The passes from the quantized to the lowered stage."""
     missing = registry.get(target).missing()
-    return Pipeline("lowered", (CarryCodes(), MergeSiblings(target), LowerIslands(target, missing), FoldConstants()))
+    islands = (MergeSiblings(target), LowerIslands(target, missing))
+    return Pipeline("lowered", (LowerCollectives(), CarryCodes(), *islands, FoldConstants()))
 
 
+@without_gc()
 def lower_graph(quantized: fx.GraphModule, target: str = "", strict: bool = False) -> fx.GraphModule:
     """A lowered copy of a quantized graph; weights that no kernel packs are shared with it.
 
@@ -33,7 +37,7 @@ def lower_graph(quantized: fx.GraphModule, target: str = "", strict: bool = Fals
     if record.stage != "quantized":
         what = f"lower takes a quantized graph, and this one is {record.stage}"
         raise LowerError(what, hint="call qpass.convert first")
-    gm = copy_graph_module(quantized)
+    gm = copy_graph_module(quantized, Draft)
     pipeline(target or record.target or "x86").run(gm)
     gm = rebuild(gm)
     if strict:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,12 +33,26 @@ class Watcher(Protocol):
     """Somebody who wants to see what the passes of this process do; see :data:`WATCHERS`."""
 
     def is_watching(self) -> bool: ...
+    def is_recording(self) -> bool: ...
     def start(self, gm: fx.GraphModule, stage: Stage) -> None: ...
     def after(self, gm: fx.GraphModule, run: PassRun) -> None: ...
 
 
 WATCHERS: list[Watcher] = []
 """Asked at the start of every pipeline; those that watch see the graph then and after each pass, untimed."""
+
+
+def is_recorded() -> bool:
+    """Whether somebody waits for the passes that would run now: then no cache may spare them."""
+    return any(watcher.is_recording() for watcher in WATCHERS)
+
+
+def watch(gm: fx.GraphModule, stage: Stage) -> list[Callable[[fx.GraphModule, PassRun], None]]:
+    """Show ``gm`` to all who watch, before its passes run; returns what is to be called after each of them."""
+    watching = [watcher for watcher in WATCHERS if watcher.is_watching()]
+    for watcher in watching:
+        watcher.start(gm, stage)
+    return [watcher.after for watcher in watching]
 
 
 @dataclass(frozen=True)
@@ -58,9 +74,7 @@ class Pipeline:
         The caller rebuilds ``gm`` when all is done, which generates its code.
         """
         runs = []
-        watching = [watcher for watcher in WATCHERS if watcher.is_watching()]
-        for watcher in watching:
-            watcher.start(gm, self.stage)
+        watching = watch(gm, self.stage)
         for step in self.passes:
             start = time.perf_counter()
             changes = 0
@@ -73,8 +87,21 @@ class Pipeline:
                 changes += changed
             runs.append(PassRun(step.name, changes, time.perf_counter() - start))
             log.debug("%s: %d changes in %.1f ms", step.name, changes, runs[-1].seconds * 1e3)
-            for callback in (*between, *(watcher.after for watcher in watching)):
+            for callback in (*between, *watching):
                 callback(gm, runs[-1])
         graph_record(gm).stage = self.stage
         verify(gm, self.stage)
         return runs
+
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """Leave reference cycles for later. Passes make none to speak of, but so many nodes that looking takes a quarter
+    of their time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -9,6 +9,7 @@ from qpass.config import Config, resolve_compute_dtype, unmatched
 from qpass.errors import ConfigError, ConvertError, StrictError
 from qpass.fake_quantize import FakeQuantizeBase
 from qpass.graph.edit import copy_graph_module, get_constant, own_tensors, rebuild
+from qpass.graph.module import Draft
 from qpass.graph.record import graph_record, record_of
 from qpass.graph.regions import regions
 from qpass.modes import FoldedWeight, FoldFactor
@@ -24,10 +25,11 @@ from qpass.passes.insert_observers import InsertObservers
 from qpass.passes.lower_observers import LowerObservers
 from qpass.passes.remove_modes import RemoveModes
 from qpass.passes.set_dropout_aside import SetDropoutAside
-from qpass.pipeline import Pipeline
+from qpass.pipeline import Pipeline, without_gc
 from qpass.targets import registry
 
 
+@without_gc()
 def prepare_graph(captured: fx.GraphModule, config: Config, target: str, partial: bool = False) -> fx.GraphModule:
     """A prepared copy of a captured graph; weights are shared, unless they are to be trained. ``partial``: the graph
     may be a part of a model, whose other parts the overrides may mean.
@@ -36,7 +38,7 @@ def prepare_graph(captured: fx.GraphModule, config: Config, target: str, partial
         ConfigError: an override matches nothing, the target is unknown, or nothing can be quantized.
     """
     registry.get(target)
-    gm = copy_graph_module(captured)
+    gm = copy_graph_module(captured, Draft)
     record = graph_record(gm)
     record.config = config
     record.float_bytes = constant_bytes(gm)
@@ -74,6 +76,7 @@ def fit_weights(gm: fx.GraphModule) -> None:
                         known[node] = module(*fx.node.map_arg(node.args, known.__getitem__))
 
 
+@without_gc()
 def convert_graph(prepared: fx.GraphModule, strict: bool = False) -> fx.GraphModule:
     """A quantized copy of a prepared graph; the prepared one stays usable.
 
@@ -92,7 +95,7 @@ def convert_graph(prepared: fx.GraphModule, strict: bool = False) -> fx.GraphMod
         raise ConvertError(f"convert takes a prepared model, and this graph is {stage}", hint=hints[stage])
     if strict:
         refuse_left_in_float(prepared)
-    gm = copy_graph_module(prepared)
+    gm = copy_graph_module(prepared, Draft)
     passes = (
         RemoveModes(), FoldBatchNorm(), LowerObservers(),
         CastComputeDtype(), ExpandAttention(), HoistCasts(), FoldConstants(),

@@ -12,22 +12,28 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 from qpass.graph.text import graph_text
-from qpass.rewrite.collective import EVEN_KEY, WORLD_KEY, ops
+from qpass.rewrite.collective import WORLD_KEY, ops
 from qpass.rewrite.match import normalized
 from qpass.rewrite.rule import Applied, Rule, apply_rules
 
 
-def traced(function: Callable[..., Any], *inputs: Tensor, world: int = 2) -> fx.GraphModule:
-    """``function`` as a graph of ATen and functional collectives, of ``inputs`` and for a group of that size."""
-    mode = FakeTensorMode()
+def traced(
+    function: Callable[..., Any], *inputs: Tensor, world: int = 2, dynamic: bool = False
+) -> fx.GraphModule:  # fmt: skip
+    """``function`` as a graph of ATen and functional collectives, of ``inputs`` and for a group of that size.
+
+    ``dynamic``: sizes are symbolic, and numbers may be read from tensors.
+    """
+    shapes = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True) if dynamic else None
+    mode = FakeTensorMode(shape_env=shapes)
     with mode:
         gm = make_fx(lambda *given: function(*given))(*(mode.from_tensor(x) for x in inputs))
     for node in gm.graph.nodes:
         node.meta[WORLD_KEY] = world
-        node.meta[EVEN_KEY] = True
         node.meta["stack_trace"] = '  File "model.py", line 7, in forward\n    y = send(x)\n'
         node.meta["nn_module_stack"] = {"m": ("L['self'].block", torch.nn.Module)}
     return gm
@@ -57,6 +63,7 @@ def text(gm: fx.GraphModule) -> list[str]:
 def lockstep(gm: fx.GraphModule, ranks: Sequence[Sequence[Tensor]]) -> list[Any]:
     """The result of every rank; ``ranks`` are the inputs of each. Every ``val`` is held against what was computed."""
     everyone: list[dict[fx.Node, Any]] = [{} for _ in ranks]
+    symbols: list[dict[Any, int]] = [{} for _ in ranks]
     for index, node in enumerate(gm.graph.nodes):
         if node.op == "output":
             return [fx.node.map_arg(node.args[0], env.__getitem__) for env in everyone]
@@ -64,15 +71,29 @@ def lockstep(gm: fx.GraphModule, ranks: Sequence[Sequence[Tensor]]) -> list[Any]
             results = [inputs[index] for inputs in ranks]
         elif node.target in _COLLECTIVES:
             given = [fx.node.map_arg(normalized(node), env.__getitem__) for env in everyone]
-            results = _COLLECTIVES[node.target]([each["input"] for each in given], given[0])
+            results = _COLLECTIVES[node.target]([each.get("input", each.get("inputs")) for each in given], given)
         else:
             given = [fx.node.map_arg((node.args, node.kwargs), env.__getitem__) for env in everyone]
             results = [node.target(*args, **kwargs) for args, kwargs in given]
-        for env, result in zip(everyone, results, strict=True):
-            for val, part in zip(tree_leaves(node.meta["val"]), tree_leaves(result), strict=True):
-                assert (val.shape, val.dtype) == (part.shape, part.dtype), node.format_node()
+        for env, known, result in zip(everyone, symbols, results, strict=True):
+            for val, part in zip(tree_leaves(node.meta.get("val")), tree_leaves(result), strict=True):
+                assert _form(val, part, known) == _form(part, part, known), node.format_node()
             env[node] = result
     raise AssertionError("a graph without an output")
+
+
+def _form(val: Any, computed: Any, symbols: dict[Any, int]) -> tuple[Any, ...]:
+    """Shape and dtype of a value as numbers; a symbol that is met for the first time is what was computed there."""
+    sizes, given = ((*x.shape,) if isinstance(x, Tensor) else (x,) for x in (val, computed))
+    found = []
+    for size, number in zip(sizes, given, strict=True):
+        if isinstance(size, torch.SymInt):
+            expression = size.node.expr
+            if expression.is_symbol:
+                symbols.setdefault(expression, number)
+            size = int(expression.xreplace(symbols))
+        found.append(size)
+    return (*found, getattr(val, "dtype", None))
 
 
 def value(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,22 +102,44 @@ def value(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()).to(dtype)
 
 
-def _all_reduce(xs: list[Tensor], given: dict[str, Any]) -> list[Tensor]:
+Given = list[dict[str, Any]]
+"""The arguments of one collective on every rank."""
+
+
+def _all_gather(xs: list[Tensor], given: Given) -> list[Tensor]:
+    return [torch.cat(xs) for _ in xs]
+
+
+def _all_reduce(xs: list[Tensor], given: Given) -> list[Tensor]:
     total = functools.reduce(torch.add, xs)
-    return [total / len(xs) if given["reduce_op"] == "avg" else total for _ in xs]
+    return [total / len(xs) if given[0]["reduce_op"] == "avg" else total for _ in xs]
 
 
-def _all_to_all(xs: list[Tensor], given: dict[str, Any]) -> list[Tensor]:
-    sent = [x.split(given["input_split_sizes"]) for x in xs]
-    return [torch.cat(parts) for parts in zip(*sent, strict=True)]
+def _all_to_all(xs: list[Tensor], given: Given) -> list[Tensor]:
+    sent = [x.split(each["input_split_sizes"]) for x, each in zip(xs, given, strict=True)]
+    received = list(zip(*sent, strict=True))
+    assert [[len(part) for part in parts] for parts in received] == [each["output_split_sizes"] for each in given]
+    return [torch.cat(parts) for parts in received]
 
 
-_COLLECTIVES: dict[Any, Callable[[list[Tensor], dict[str, Any]], list[Tensor]]] = {
-    ops.all_gather_into_tensor.default: lambda xs, given: [torch.cat(xs) for _ in xs],
+def _reduce_scatter(xs: list[Tensor], given: Given) -> list[Tensor]:
+    return list(_all_reduce(xs, given)[0].chunk(len(xs)))
+
+
+def _each(one: Callable[[list[Tensor], Given], list[Tensor]]) -> Callable[[list[Any], Given], list[Any]]:
+    """The same for a list of tensors on every rank."""
+    return lambda xs, given: [list(r) for r in zip(*(one(list(x), given) for x in zip(*xs, strict=True)), strict=True)]
+
+
+_COLLECTIVES: dict[Any, Callable[[list[Any], Given], list[Any]]] = {
+    ops.all_gather_into_tensor.default: _all_gather,
+    ops.all_gather_into_tensor_coalesced.default: _each(_all_gather),
     ops.all_reduce.default: _all_reduce,
+    ops.all_reduce_coalesced.default: _each(_all_reduce),
     ops.all_to_all_single.default: _all_to_all,
-    ops.broadcast.default: lambda xs, given: [xs[given["src"]] for _ in xs],
-    ops.reduce_scatter_tensor.default: lambda xs, given: list(_all_reduce(xs, given)[0].chunk(len(xs))),
+    ops.broadcast.default: lambda xs, given: [xs[given[0]["src"]] for _ in xs],
+    ops.reduce_scatter_tensor.default: _reduce_scatter,
+    ops.reduce_scatter_tensor_coalesced.default: _each(_reduce_scatter),
 }
 
 

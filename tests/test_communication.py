@@ -20,6 +20,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import get_hash_for_files
 from torch._inductor.utils import fresh_cache
 from torch.distributed import _functional_collectives as funcol
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import qpass
@@ -97,6 +99,14 @@ def test_a_cache_that_serves_the_graphs_serves_their_decisions() -> None:
     assert counters["inductor"]["fxgraph_cache_hit"] == 4
     assert (again.transfers, again.notes, warned_again) == (report.transfers, report.notes, warned)
     assert not [name for name in counters["inductor"] if "qpass" in name]
+
+
+def test_a_recording_sees_the_passes_over_a_graph_that_a_cache_has() -> None:
+    step(PLAIN)
+    counters.clear()
+    with qpass.record() as passes:
+        step(PLAIN)
+    assert [found.name for found in passes].count("insert_codecs") == 2  # forward, backward
 
 
 def test_what_is_missed_is_said_again_too() -> None:
@@ -215,6 +225,21 @@ def test_programs_that_differ_in_the_names_of_modules_alone() -> None:
             compiled(torch.ones(8))
         (row,) = qpass.report(compiled).transfers
         assert (row.module, reason in row.reason) == (name, True)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_compute_over_dtensors_stays_in_float_and_its_sums_are_compressed(strict: bool) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    model = parallelize_module(nn.Sequential(nn.Linear(64, 64)).requires_grad_(False), mesh, {"0": RowwiseParallel()})
+    options = {"config": "int8_dynamic", "comm": PLAIN, "strict": strict}
+    compiled = torch.compile(model, backend="qpass", options=options)
+    if strict:
+        with pytest.raises(BackendCompilerFailed, match="its tensors are of DTensor"):
+            compiled(torch.randn(8, 32))
+        return
+    with pytest.warns(UserWarning, match="left a compiled graph in float: its tensors are of DTensor"):
+        compiled(torch.randn(8, 32))
+    assert [row.collective for row in qpass.report(compiled).transfers] == ["all_reduce"]
 
 
 def test_a_function_is_reported_past_its_graph_breaks() -> None:

@@ -92,6 +92,16 @@ def test_an_override_that_matches_nothing_is_an_error_before_anything_is_done() 
         compress(traced(lambda x: x + 1, value(0, 4)), ALL.override("int4", backward=True), backward=True)
 
 
+def test_a_recording_sees_the_passes_over_a_graph() -> None:
+    with qpass.record() as passes:
+        compress(traced(mixed, value(0, 4, 50)), ALL)
+    assert [(found.name, found.changes) for found in passes] == [
+        ("lower_collectives", 0), ("insert_codecs", 1), ("lower_collectives", 1)
+    ]  # fmt: skip
+    sent = passes["lower_collectives"].diff
+    assert (sent.before.sent_bytes, sent.after.sent_bytes) == (800 + 800 + 1600, 260 + 800 + 1600)
+
+
 def test_the_pass_keeps_its_decisions_with_the_graph() -> None:
     take()
     policy = ALL.override("int4", module="block", kind="all_reduce").override("int4", group="tp", backward=False)

@@ -29,7 +29,7 @@ FLOORS = (
     ("targets", "patterns"),
     ("comm", "passes"),
     (
-        "decisions", "compress", "communication", "pipeline", "opaque", "capture_errors", "capture_dynamo",
+        "pipeline", "decisions", "compress", "communication", "opaque", "capture_errors", "capture_dynamo",
         "example_inputs", "capture", "capture_training", "watch", "refresh", "compiled", "inductor", "stages", "lower",
     ),
     ("inspect",),

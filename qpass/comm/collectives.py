@@ -3,7 +3,8 @@
 The arguments are those of ``dist.all_reduce``, ``reduce_scatter_tensor``, ``all_gather_into_tensor``,
 ``all_to_all_single`` and ``broadcast``, and `codec` besides. Tensors keep their dtype (float16, bfloat16, float32,
 float64); sums are taken in float32 in rank order and the result is equal bit for bit on all ranks. Integers, bools and
-complex numbers travel as they are, through ``dist``; so does everything in a group of one rank.
+complex numbers travel as they are, through ``dist``; so does everything in a group of one rank, and what the cost model
+declines where a `link` is given: the constants of the group from `calibrate_link`, equal on all ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qpass.comm.codec import Codec
+from qpass.comm.cost import Link
 from qpass.comm.one_call import AnyGroup, OneCall
 from qpass.errors import InputError, near
 
@@ -28,20 +30,21 @@ def all_reduce(
     *,
     schedule: str = "auto",
     seed: int | None = None,
+    link: Link | None = None,
 ) -> Any:
     """Replace `tensor` by the sum or average over the ranks.
 
     Args:
         op: "sum", "avg", or torch's ReduceOp.
         group: a process group; or a `DeviceMesh` of two dimensions (across nodes, inside a node), which sums inside
-            losslessly and only sends every rank's share of the sum across.
+            losslessly and only sends every rank's share of the sum across; a `link` is then that across.
         schedule: "one_shot", "two_shot", or "auto".
         seed: of stochastic rounding; None counts the calls of the group.
 
     Returns:
         None, or a `Work` where `async_op`.
     """
-    call = OneCall("all_reduce", group, codec, async_op, seed)
+    call = OneCall("all_reduce", group, codec, async_op, seed, link)
     with call:
         divides = call.takes_op(op)
         call.takes(tensor)
@@ -59,12 +62,13 @@ def reduce_scatter(
     async_op: bool = False,
     *,
     seed: int | None = None,
+    link: Link | None = None,
 ) -> Any:
     """Write the sum or average over the ranks of their `input`'s part for this rank to `output`.
 
     `input` holds W times the elements of `output`, rank after rank.
     """
-    call = OneCall("reduce_scatter", group, codec, async_op, seed)
+    call = OneCall("reduce_scatter", group, codec, async_op, seed, link)
     with call:
         divides = call.takes_op(op)
         call.takes(output, input)
@@ -80,9 +84,10 @@ def all_gather(
     async_op: bool = False,
     *,
     seed: int | None = None,
+    link: Link | None = None,
 ) -> Any:
     """Write every rank's `input`, rank after rank, to `output`, which holds W times its elements."""
-    call = OneCall("all_gather", group, codec, async_op, seed)
+    call = OneCall("all_gather", group, codec, async_op, seed, link)
     with call:
         call.takes(output, input)
         call.holds(output, call.world, input, "output", "input")
@@ -99,12 +104,14 @@ def all_to_all(
     async_op: bool = False,
     *,
     seed: int | None = None,
+    link: Link | None = None,
 ) -> Any:
     """Send a part of `input` to every rank and write the parts that come from them to `output`.
 
-    Splits count indices of the first dimension, as in ``dist.all_to_all_single``; None cuts evenly.
+    Splits count indices of the first dimension, as in ``dist.all_to_all_single``; None cuts evenly. With splits
+    a `link` is not asked: no rank knows the sizes of all others, so they could not decide alike.
     """
-    call = OneCall("all_to_all", group, codec, async_op, seed)
+    call = OneCall("all_to_all", group, codec, async_op, seed, link)
     with call:
         call.takes(output, input)
         sends = call.splits(input, input_split_sizes, "input")
@@ -121,9 +128,10 @@ def broadcast(
     *,
     group_src: int | None = None,
     seed: int | None = None,
+    link: Link | None = None,
 ) -> Any:
     """Replace `tensor` by rank `src`'s, coded and decoded, on all ranks, `src` among them."""
-    call = OneCall("broadcast", group, codec, async_op, seed)
+    call = OneCall("broadcast", group, codec, async_op, seed, link)
     with call:
         call.takes(tensor)
         if (src is None) == (group_src is None):

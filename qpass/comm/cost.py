@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,6 +129,7 @@ def break_even(collective: str) -> sympy.Expr:
     return size
 
 
+@lru_cache(maxsize=1 << 12)  # a training step asks the same again
 def decide(collective: str, numel: int, dtype: torch.dtype, world_size: int, codec: Codec, link: Link) -> Decision:
     """Whether one collective is worth compressing.
 

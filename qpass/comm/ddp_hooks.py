@@ -5,6 +5,7 @@ Annotations are not postponed in this file: DDP compares those of a hook with th
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -35,14 +36,14 @@ def quantization_pertensor_hook(
         process_group: None for the default group.
         bucket: float16, bfloat16, float32 or float64; the result has its dtype.
     """
-    return DDPHook(codec("int8"))(process_group, bucket)
+    return _shared_hook(codec("int8"))(process_group, bucket)
 
 
 def quantization_perchannel_hook(
     process_group: dist.ProcessGroup | None, bucket: GradBucket, bucket_size: int = 512
 ) -> torch.futures.Future[torch.Tensor]:
     """`quantization_pertensor_hook` with a scale for every `bucket_size` elements."""
-    return DDPHook(codec("int8", block=bucket_size))(process_group, bucket)
+    return _shared_hook(codec("int8", block=bucket_size))(process_group, bucket)
 
 
 def ddp_hook(
@@ -85,9 +86,9 @@ def ddp_hook(
 class _Layout:
     """How the parameters of a bucket lie in the tensor that is sent: each starts a row of its own."""
 
-    parameters: list[Tensor]
     sizes: list[int]
     padded: list[int]
+    parameters: Sequence[Tensor] = ()
     residual: Tensor | None = None
     owned: OwnedRows | None = None
 
@@ -102,7 +103,7 @@ class DDPHook:
     Each parameter starts a row of blocks, so codes, and the residuals of error feedback, do not depend on how DDP
     groups parameters into buckets, which it changes after the first step. Parameters are numbered in the order of the
     buckets of the first step that the hook sees: register it before the first backward pass, then the numbers, and so
-    `state_dict`, mean the same in every run of a model. One hook serves one model.
+    `state_dict`, mean the same in every run of a model. A hook with error feedback serves one model.
     """
 
     def __init__(
@@ -192,23 +193,23 @@ class DDPHook:
         )
 
     def _layout(self, bucket: GradBucket, group: dist.ProcessGroup) -> _Layout:
-        parameters = bucket.parameters()
+        parameters, row = bucket.parameters(), self.codec.row
+        sizes = [parameter.numel() for parameter in parameters]
+        if not self.error_feedback:
+            return _layout_of(tuple(sizes), row)
         found = self._layouts.get(bucket.index())
         if found is not None and _same(found.parameters, parameters):
             return found
         for parameter in parameters:
             self._numbers.setdefault(id(parameter), len(self._numbers))
-        sizes, row = [parameter.numel() for parameter in parameters], self.codec.row
-        owns = self.error_feedback and group.size() > 2 and not self.codec.is_cast
-        padded = [-(-size // row) * row for size in sizes] if self.error_feedback or len(sizes) > 1 else sizes
-        layout = _Layout(parameters, sizes, padded)
+        padded = [-(-size // row) * row for size in sizes]
+        layout = _Layout(sizes, padded, parameters)
         self._layouts = {index: kept for index, kept in self._layouts.items() if index < bucket.index()}
         self._layouts[bucket.index()] = layout  # keeps the parameters alive, and so their ids
         numbers = [self._numbers[id(parameter)] for parameter in parameters]
-        if self.error_feedback:
-            layout.residual = bucket.buffer().new_zeros(sum(padded), dtype=torch.float32)
-            _take_over(self._residuals, numbers, list(layout.residual.split(padded)))
-        if owns:
+        layout.residual = bucket.buffer().new_zeros(sum(padded), dtype=torch.float32)
+        _take_over(self._residuals, numbers, list(layout.residual.split(padded)))
+        if group.size() > 2 and not self.codec.is_cast:
             rows = [size // row for size in padded]
             layout.owned = OwnedRows(rows, numbers, group, self.codec, bucket.buffer().device)
             _take_over(self._owned, numbers, [layout.owned.residual[part] for part in layout.owned.parts])
@@ -238,6 +239,19 @@ class DDPHook:
             parts = [part[:size] for part, size in zip(values.split(layout.padded), layout.sizes, strict=True)]
             torch._foreach_copy_(list(buffer.split(layout.sizes)), parts)
         return buffer
+
+
+@cache
+def _shared_hook(codec: Codec) -> DDPHook:
+    """Without error feedback a hook remembers nothing of a model, so one serves all."""
+    return DDPHook(codec)
+
+
+@lru_cache(maxsize=1 << 10)
+def _layout_of(sizes: tuple[int, ...], row: int) -> _Layout:
+    """Of parameters without residuals; one alone needs no padding, for nothing follows it."""
+    padded = [-(-size // row) * row for size in sizes]
+    return _Layout(list(sizes), padded if len(sizes) > 1 else list(sizes))
 
 
 def _take_over(kept: dict[int, Tensor], numbers: list[int], parts: list[Tensor]) -> None:

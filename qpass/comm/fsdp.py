@@ -12,8 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from qpass.comm import collectives
 from qpass.comm.codec import Codec, codec
+from qpass.comm.cost import Link, decide
 from qpass.comm.statistics import Statistics, sent_bytes
-from qpass.errors import InputError
+from qpass.errors import ConfigError, InputError
 from qpass.ops.comm import FLOATS
 
 
@@ -31,7 +32,12 @@ class FSDPCompression:
 
 
 def compress_fsdp(
-    module: nn.Module, all_gather: str | Codec | None = "int8", reduce_scatter: str | Codec | None = "int8"
+    module: nn.Module,
+    all_gather: str | Codec | None = "int8",
+    reduce_scatter: str | Codec | None = "int8",
+    *,
+    link: Link | None = None,
+    error_feedback: bool = False,
 ) -> FSDPCompression:
     """Compress the collectives of every FSDP2 module in `module`; call it after the last `fully_shard`.
 
@@ -42,21 +48,31 @@ def compress_fsdp(
         module: contains modules on which `torch.distributed.fsdp.fully_shard` was called.
         all_gather: codec of the parameters, or None to send them in full.
         reduce_scatter: codec of the gradients, or None.
+        link: constants of `calibrate_link`; what would not be faster compressed is then sent in full.
+        error_feedback: refused. What rounding took from a gradient would have to be kept for all parameters on every
+            rank, in float32: the memory that sharding is there to save. And what it takes from gathered parameters
+            needs none, for the shards that the optimizer updates are not rounded.
 
     Raises:
+        ConfigError: error feedback was asked for.
         InputError: nothing in `module` is sharded.
         ValueError: torch's own, for a module whose parameters lie on several meshes.
     """
+    if error_feedback:
+        raise ConfigError(
+            "FSDP2 has no error feedback: its residuals would need a whole float32 gradient on every rank.",
+            hint="use more bits for reduce_scatter, or DDP with ddp_hook(error_feedback=True)",
+        )
     done = FSDPCompression()
     for name, part in module.named_modules():
         if not isinstance(part, FSDPModule):
             continue
         done.modules.append(name)
         if all_gather is not None:
-            gather: Any = CompressedAllGather(codec(all_gather), done.statistics)
+            gather: Any = CompressedAllGather(codec(all_gather), done.statistics, link)
             part.set_custom_all_gather(gather)
         if reduce_scatter is not None:
-            scatter: Any = CompressedReduceScatter(codec(reduce_scatter), done.statistics)
+            scatter: Any = CompressedReduceScatter(codec(reduce_scatter), done.statistics, link)
             part.set_custom_reduce_scatter(scatter)
     if not done.modules:
         raise InputError(
@@ -77,8 +93,8 @@ class _Allocate:
 class CompressedAllGather(_Allocate):
     """FSDP2's all_gather, as codes. Parameters that are no floats, or no longer than their codes, go in full."""
 
-    def __init__(self, codec: Codec, statistics: Statistics) -> None:
-        self.codec, self.statistics = codec, statistics
+    def __init__(self, codec: Codec, statistics: Statistics, link: Link | None = None) -> None:
+        self.codec, self.statistics, self.link = codec, statistics, link
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -86,7 +102,7 @@ class CompressedAllGather(_Allocate):
         """Gather `input_tensor`, which may be a part of `output_tensor`."""
         numel, world = output_tensor.numel(), group.size()
         plain = sent_bytes("all_gather", numel, world, output_tensor.element_size())
-        if not _compressible(output_tensor, self.codec):
+        if not _pays("all_gather", output_tensor, world, self.codec, self.link):
             self.statistics.add(plain, plain)
             return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
         payload = self.codec.payload_bytes(input_tensor.numel())
@@ -97,8 +113,8 @@ class CompressedAllGather(_Allocate):
 class CompressedReduceScatter(_Allocate):
     """FSDP2's reduce_scatter, as codes; reductions other than SUM and AVG go in full."""
 
-    def __init__(self, codec: Codec, statistics: Statistics) -> None:
-        self.codec, self.statistics = codec, statistics
+    def __init__(self, codec: Codec, statistics: Statistics, link: Link | None = None) -> None:
+        self.codec, self.statistics, self.link = codec, statistics, link
 
     def __call__(
         self,
@@ -111,7 +127,8 @@ class CompressedReduceScatter(_Allocate):
         """Reduce `input_tensor` over the group and keep this rank's part."""
         numel, world = input_tensor.numel(), group.size()
         plain = sent_bytes("reduce_scatter", numel, world, input_tensor.element_size())
-        if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG) or not _compressible(input_tensor, self.codec):
+        summed = op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG)
+        if not summed or not _pays("reduce_scatter", input_tensor, world, self.codec, self.link):
             self.statistics.add(plain, plain)
             return dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
         payload = self.codec.payload_bytes(output_tensor.numel())
@@ -121,5 +138,7 @@ class CompressedReduceScatter(_Allocate):
         )
 
 
-def _compressible(tensor: Tensor, how: Codec) -> bool:
-    return tensor.dtype in FLOATS and how.bits_per_element < 8 * tensor.element_size()
+def _pays(collective: str, whole: Tensor, world: int, how: Codec, link: Link | None) -> bool:
+    if whole.dtype not in FLOATS or how.bits_per_element >= 8 * whole.element_size():
+        return False
+    return link is None or bool(decide(collective, whole.numel(), whole.dtype, world, how, link))

@@ -15,6 +15,7 @@ from qpass.comm import schedule
 from qpass.comm.agreement import Header, agree, refuse
 from qpass.comm.codec import Codec
 from qpass.comm.codec import codec as codec_of
+from qpass.comm.cost import Link, decide
 from qpass.comm.group import Group, group_of
 from qpass.comm.work import Work
 from qpass.errors import InputError, QpassError
@@ -31,7 +32,15 @@ _OPS = {"sum": dist.ReduceOp.SUM, "avg": dist.ReduceOp.AVG}
 class OneCall:
     """A call of the collective `name`. As a context, it tells the other ranks where a check refuses the call."""
 
-    def __init__(self, name: str, group: AnyGroup, codec: str | Codec, async_op: bool, seed: int | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        group: AnyGroup,
+        codec: str | Codec,
+        async_op: bool,
+        seed: int | None,
+        link: Link | None = None,
+    ) -> None:
         self.name = name
         self.across: Group | None = None
         if isinstance(group, DeviceMesh):
@@ -47,6 +56,7 @@ class OneCall:
         self.codec_name = codec
         self.async_op = async_op
         self.seed = seed
+        self.link = link
         self.world = self.group.world
         self.op: Any = None
 
@@ -108,6 +118,7 @@ class OneCall:
             x, (), x.numel(), how,
             lambda flat, group, seed: shot(flat, self.codec, divisor, seed, group),
             lambda: dist.all_reduce(x, self.op, self.group.process_group, self.async_op),
+            declined=self._declined(x.numel(), x),
         )  # fmt: skip
 
     def _hierarchical(self, x: Tensor, divides: bool) -> Any:
@@ -115,7 +126,8 @@ class OneCall:
         assert across is not None
         divisor = self.world * across.world if divides else 1
         outer = across.process_group if not self.async_op else None
-        self._agree(across, x, x.numel(), "hierarchical")
+        declined = self._declined(-(-x.numel() // self.world), x, across.world)
+        self._agree(across, x, x.numel(), "plain" if declined else "hierarchical")
 
         def job(flat: Tensor, group: dist.ProcessGroup, seed: int) -> None:
             schedule.all_reduce_hierarchical(
@@ -123,12 +135,13 @@ class OneCall:
             )
 
         def plain() -> Any:
-            dist.all_reduce(x, dist.ReduceOp.SUM, self.group.process_group)
-            return dist.all_reduce(x, dist.ReduceOp.SUM, across.process_group, self.async_op)
+            dist.all_reduce(x, self.op, self.group.process_group)
+            return dist.all_reduce(x, self.op, across.process_group, self.async_op)
 
         if self.async_op:
             across.twin()
-        return self._start(x, (), x.numel(), "hierarchical", job, plain, alone=across.world * self.world == 1)
+        alone = across.world * self.world == 1
+        return self._start(x, (), x.numel(), "hierarchical", job, plain, alone=alone, declined=declined)
 
     def reduce_scatter(self, output: Tensor, x: Tensor, divides: bool) -> Any:
         divisor = self.world if divides else 1
@@ -136,6 +149,7 @@ class OneCall:
             output, (x,), output.numel(), "",
             lambda flat, group, seed, source: schedule.reduce_scatter(flat, source, self.codec, divisor, seed, group),
             lambda: dist.reduce_scatter_single(output, x, self.op, self.group.process_group, self.async_op),
+            declined=self._declined(x.numel(), x),
         )  # fmt: skip
 
     def all_gather(self, output: Tensor, x: Tensor) -> Any:
@@ -143,6 +157,7 @@ class OneCall:
             output, (x,), x.numel(), "",
             lambda flat, group, seed, source: schedule.all_gather(flat, source, self.codec, seed, group),
             lambda: dist.all_gather_single(output, x, self.group.process_group, self.async_op),
+            declined=self._declined(output.numel(), x),
         )  # fmt: skip
 
     def all_to_all(
@@ -157,6 +172,7 @@ class OneCall:
             ),
             lambda: dist.all_to_all_single(output, x, outputs, inputs, self.group.process_group, self.async_op),
             splits={"sends": sends, "receives": receives},
+            declined=even and self._declined(x.numel(), x),
         )  # fmt: skip
 
     def broadcast(self, x: Tensor, src: int) -> Any:
@@ -164,7 +180,14 @@ class OneCall:
             x, (), x.numel(), f"from rank {src}",
             lambda flat, group, seed: schedule.broadcast(flat, src, self.codec, seed, group),
             lambda: dist.broadcast(x, group=self.group.process_group, group_src=src, async_op=self.async_op),
+            declined=self._declined(x.numel(), x),
         )  # fmt: skip
+
+    def _declined(self, whole: int, x: Tensor, world: int | None = None) -> bool:
+        """Whether the cost model would send the tensor of `whole` elements in full; other dtypes are anyway."""
+        if self.link is None or x.dtype not in FLOATS:
+            return False
+        return not decide(self.name, whole, x.dtype, world or self.world, self.codec, self.link)
 
     def _agree(self, group: Group, x: Tensor, numel: int, how: str, **splits: Any) -> None:
         op = {dist.ReduceOp.SUM: "sum", dist.ReduceOp.AVG: "avg"}.get(self.op, "")
@@ -182,10 +205,11 @@ class OneCall:
         *,
         alone: bool | None = None,
         splits: dict[str, Any] | None = None,
+        declined: bool = False,
     ) -> Any:
         if self.world > 1:
-            self._agree(self.group, result, numel, how, **(splits or {}))
-        if result.dtype not in FLOATS or (self.world == 1 if alone is None else alone):
+            self._agree(self.group, result, numel, "plain" if declined else how, **(splits or {}))
+        if declined or result.dtype not in FLOATS or (self.world == 1 if alone is None else alone):
             return plain()
         group = self.group.twin() if self.async_op else self.group.process_group
         seed = self.group.calls if self.seed is None else self.seed

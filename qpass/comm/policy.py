@@ -24,6 +24,9 @@ from qpass.errors import ConfigError, InputError, near
 MIN_BYTES = 1 << 16
 """Bytes of the whole tensor from which a collective is compressed where no link was measured: below, latency rules."""
 
+LARGE = 1 << 40
+"""Elements that a tensor of unknown size is taken to have: more than any break-even."""
+
 EVERYWHERE_EQUAL = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
 """Kinds whose tensors have one size on all ranks: torch itself demands it."""
 
@@ -37,10 +40,11 @@ class Policy:
     Args:
         codec: what is sent, by name or as a `Codec`. Stochastic rounding is not for graphs: they hold one seed for
             every call.
-        kinds: the collectives that are compressed. To name ``"all_to_all"`` is to promise that, where one rank sends
-            equal parts, all do: a rank cannot see the parts of the others, and all must decide alike.
-        min_bytes: size of the whole tensor (of an all_gather's output, else of its input) from which on it is.
+        kinds: the collectives that are compressed.
+        min_bytes: size of the whole tensor (of an all_gather's output, else of its input) from which on it is. What an
+            all_to_all sends may differ by rank, so its size decides nothing: it is compressed wherever it is named.
         link: constants of the groups, from `calibrate_link`, equal on all ranks; then the cost model decides, too.
+            A size that is not known when a graph is compiled, or differs by rank, is taken for a large one.
         overrides: exceptions, the first that matches wins, whatever `kinds` says; add them with `override` and
             `keep_plain`.
 
@@ -98,13 +102,24 @@ class Policy:
             return replace(self, codec=override.codec, kinds=(place.kind,), min_bytes=least, overrides=())
         return replace(self, overrides=())
 
-    def decide(self, kind: str, numel: int, dtype: torch.dtype, world: int) -> Decision:
-        """Whether a collective of ``numel`` elements in the whole tensor is compressed, and why."""
+    def decide(self, kind: str, numel: int | torch.SymInt | None, dtype: torch.dtype, world: int) -> Decision:
+        """Whether a collective of ``numel`` elements in the whole tensor is compressed, and why.
+
+        A symbolic size is asked what `min_bytes` and the codec ask of any other, and so guards the graph: at another
+        answer it is compiled anew, and ranks agree whatever sizes each has compiled for. Only a `link` takes it for a
+        large one, so that with one all ranks must compile for the same sizes. ``None`` is a large size.
+        """
         if kind not in self.kinds:
             return _no(f"the policy names {', '.join(self.kinds) or 'no kind'} only")
-        if numel * dtype.itemsize < self.min_bytes:
-            return _no(f"{numel * dtype.itemsize:,} bytes are fewer than the policy's min_bytes of {self.min_bytes:,}")
-        return decide(kind, numel, dtype, world, self.codec, self.link or _SLOW)
+        if numel is not None and numel * dtype.itemsize < self.min_bytes:
+            count = numel * dtype.itemsize
+            size = f"{count:,}" if isinstance(count, int) else str(count)
+            return _no(f"{size} bytes are fewer than the policy's min_bytes of {self.min_bytes:,}")
+        if isinstance(numel, torch.SymInt):
+            if self.codec.payload_bytes(numel) >= numel * dtype.itemsize:
+                return _no(f"{numel} elements are so few that {self.codec} sends no fewer bytes")
+            numel = None
+        return decide(kind, LARGE if numel is None else numel, dtype, world, self.codec, self.link or _SLOW)
 
 
 def policy(given: str | Codec | Policy | Mapping[str, Any]) -> Policy:

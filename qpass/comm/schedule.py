@@ -38,7 +38,7 @@ def chunks(numel: int, codec: Codec) -> list[range]:
     return [range(start, min(start + step, numel)) for start in range(0, numel, step)]
 
 
-def shots(numel: int, codec: Codec, world: int) -> str:
+def shots(numel: int | torch.SymInt, codec: Codec, world: int) -> str:
     """ "one_shot" or "two_shot": what `all_reduce` does by itself. Depends on nothing that could differ by rank."""
     return "one_shot" if world == 2 or codec.payload_bytes(numel) <= ONE_SHOT_BYTES else "two_shot"
 

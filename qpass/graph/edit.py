@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.traceback import NodeSource, NodeSourceAction
 from torch.utils._pytree import tree_leaves
@@ -92,13 +93,15 @@ class Editor:
         for key in INHERITED:
             if key in like.meta:
                 node.meta[key] = like.meta[key]
-        source = NodeSource(like, self.pass_name, NodeSourceAction.CREATE)
+        source = NodeSource(None, self.pass_name, NodeSourceAction.CREATE)  # of a node, it copies the whole history
+        source.node_info = NodeSource.NodeInfo(like.name, str(like.target), id(like.graph))
+        source.from_node = list(like.meta.get("from_node", ()))
         node.meta["from_node"] = [source]
         if val is not None:
             node.meta["val"] = val
         return node
 
-    @contextmanager
+    @contextlib.contextmanager
     def _at(self, before: fx.Node | None, after: fx.Node | None) -> Iterator[None]:
         with self.graph.inserting_before(before) if before is not None else self.graph.inserting_after(after):
             yield
@@ -111,7 +114,9 @@ def fake_call(*args: Any, call: Callable[..., Any], **kwargs: Any) -> Any:
     if mode is None or any("val" not in node.meta for node in nodes):
         return None
     args, kwargs = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-    with mode, torch.no_grad():
+    # some operators take symbolic sizes in their Python form only
+    by_python = enable_python_dispatcher() if mode.shape_env is not None else contextlib.nullcontext()
+    with mode, by_python, torch.no_grad():
         return call(*args, **kwargs)
 
 
@@ -185,11 +190,12 @@ def _has(gm: torch.nn.Module, name: str) -> bool:
     return True
 
 
-def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+def copy_graph_module(gm: fx.GraphModule, kind: type[GraphModule] = GraphModule) -> fx.GraphModule:
     """A copy of the graph, its sub-graphs and its module tree that shares every tensor and observer with ``gm``.
 
     Holder modules are new, so that constants may be added to the copy without touching the original; parameters and
-    buffers are the same tensors, so no weight is copied. What the graph does not read is left behind.
+    buffers are the same tensors, so no weight is copied. What the graph does not read is left behind. A ``Draft`` is
+    for the caller that will rebuild it.
     """
     graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
     mapping: dict[fx.Node, fx.Node] = {}
@@ -197,16 +203,18 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     source_output = gm.graph.output_node()
     graph.output(result_value).meta = copy.copy(source_output.meta)
     graph.set_codegen(gm.graph._codegen)
-    return rebuild(gm, graph)
+    return rebuild(gm, graph, kind)
 
 
-def rebuild(gm: fx.GraphModule, graph: fx.Graph | None = None) -> fx.GraphModule:
+def rebuild(
+    gm: fx.GraphModule, graph: fx.Graph | None = None, kind: type[GraphModule] = GraphModule
+) -> fx.GraphModule:
     """A module around ``graph`` (by default ``gm``'s own) that holds just what the graph reads, tensors shared.
 
     Its code is generated from the graph as it is now, that of its sub-graphs too.
     """
     graph = gm.graph if graph is None else graph
-    result = GraphModule(gm, graph, type(gm).__name__)
+    result = kind(gm, graph, type(gm).__name__)
     result.meta = {key: copy.copy(value) for key, value in gm.meta.items()}
     result.training = gm.training
     for node in graph.nodes:
@@ -214,7 +222,7 @@ def rebuild(gm: fx.GraphModule, graph: fx.Graph | None = None) -> fx.GraphModule
             continue
         value = get_constant(gm, node.target)
         if isinstance(value, fx.GraphModule):
-            region = copy_graph_module(value) if graph is not gm.graph else rebuild(value)
+            region = copy_graph_module(value, kind) if graph is not gm.graph else rebuild(value, kind=kind)
             replace_submodule(result, node.target, region)
         elif not _is_persistent(gm, node.target):
             owner, leaf = owner_of(result, node.target)

@@ -23,6 +23,13 @@ class GraphModule(fx.GraphModule):
         return code
 
 
+class Draft(GraphModule):
+    """One whose graph is still being changed: it has no code, and cannot be called before it is rebuilt."""
+
+    def recompile(self) -> None:  # type: ignore[override]
+        """Nothing: the code would be that of a graph that is about to change."""
+
+
 def _forget(file: str) -> None:
     linecache.cache.pop(file, None)
     sources = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", None)

@@ -149,7 +149,7 @@ class Snapshot:
     def sent_bytes(self) -> int:
         """Bytes that one rank gives to collectives in one call, where sizes are known."""
         reads = (self.nodes[view.inputs[0]].val for view in self.nodes if _is_collective(view))
-        return sum(_bytes(val) for val in reads)
+        return sum(_bytes(val) for val in reads) + sum(map(_sent_in_pieces, self.nodes))
 
 
 def form(val: Any) -> str:
@@ -170,6 +170,14 @@ def sizes(val: Any) -> Any:
 
 def _is_collective(view: NodeView) -> bool:
     return view.operator.startswith("_c10d_functional.") and ".wait_tensor" not in view.operator and bool(view.inputs)
+
+
+def _sent_in_pieces(view: NodeView) -> int:
+    """Bytes of the payload that `qpass.comm.pieces` makes itself: read off what it receives."""
+    if not view.operator.startswith("qpass.send_pieces"):
+        return 0
+    _, _, parts, _, world, _ = view.template
+    return _bytes(view.val) * parts // world
 
 
 def _bytes(val: Any) -> int:

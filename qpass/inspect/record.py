@@ -125,8 +125,11 @@ class _Watcher:
     def __init__(self) -> None:
         self._stage: ContextVar[tuple[Stage | str, Snapshot | None]] = ContextVar("qpass_stage", default=("", None))
 
+    def is_recording(self) -> bool:
+        return bool(_ACTIVE.get())
+
     def is_watching(self) -> bool:
-        return bool(_ACTIVE.get()) or log.isEnabledFor(logging.DEBUG) or _is_traced()
+        return self.is_recording() or log.isEnabledFor(logging.DEBUG) or _is_traced()
 
     def start(self, gm: fx.GraphModule, stage: Stage) -> None:
         self._stage.set((stage, snapshot(gm)))

@@ -12,7 +12,7 @@ Inductor compiled (`qpass.ops.wire_compiled`). Codes have no derivative: none of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,10 +20,13 @@ from torch import Tensor
 
 from qpass.errors import InputError
 from qpass.ops import wire_kernels
-from qpass.ops.wire_compiled import encode_kernel, reduce_kernel, split
+from qpass.ops.wire_compiled import encode_kernel, encoded, reduce_kernel, split
 from qpass.ops.wire_format import CASTS, WireFormat, parse
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+ROTATED_AT_ONCE = 1 << 17
+"""Elements that are rotated at a time: what a rotation keeps between its two steps then stays in a core's cache."""
 
 _library = torch.library.Library("qpass", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -66,12 +69,16 @@ def encode_into(x: Tensor, payload: Tensor, wire: WireFormat, seed: int = 0, fir
     if wire.is_cast:
         payload.view(CASTS[wire.format]).copy_(x)
         return
+    if wire.hadamard and x.numel() > max(ROTATED_AT_ONCE, wire.row):
+        for part, coded in _parts(x.numel(), wire):
+            encode_into(x[part], payload[coded], wire, seed, first + part.start)
+        return
     kernel = encode_kernel(wire, x.dtype, x.device, x.numel())
     whole = x.numel() // wire.row
     numbers = [torch.tensor(number, device=x.device) for number in (seed, first)] if wire.stochastic else []
     if whole > 1:
         rows = payload[: whole * wire.width].view(whole, wire.width)
-        kernel(x[: whole * wire.row].view(whole, wire.row), *split(rows, wire), *numbers)
+        kernel(x[: whole * wire.row].view(whole, wire.row), *encoded(rows, wire), *numbers)
     else:
         whole = 0
     if rest := x.numel() - whole * wire.row:  # less than two rows, which is what a kernel takes at least
@@ -80,7 +87,7 @@ def encode_into(x: Tensor, payload: Tensor, wire: WireFormat, seed: int = 0, fir
         if wire.stochastic:
             numbers[1] = numbers[1] + whole * wire.row
         rows = payload.new_empty(2, wire.width)
-        kernel(padded, *split(rows, wire), *numbers)
+        kernel(padded, *encoded(rows, wire), *numbers)
         payload[whole * wire.width :] = rows.view(-1)[: payload.numel() - whole * wire.width]
 
 
@@ -99,6 +106,10 @@ def decode_reduce_into(payloads: Tensor, out: Tensor, wire: WireFormat, divisor:
             total = total + payload.view(CASTS[wire.format])
         out.copy_(total / divisor if divisor != 1 else total)
         return
+    if wire.hadamard and out.numel() > max(ROTATED_AT_ONCE, wire.row):
+        for part, coded in _parts(out.numel(), wire):
+            decode_reduce_into(payloads[:, coded], out[part], wire, divisor)
+        return
     kernel = reduce_kernel(wire, out.dtype, out.device, out.numel(), len(payloads), divisor)
     whole = out.numel() // wire.row
     if whole > 1:
@@ -116,6 +127,14 @@ def decode_reduce_into(payloads: Tensor, out: Tensor, wire: WireFormat, divisor:
         values = out.new_empty(2, wire.row)
         kernel(*values.chunk(wire.pieces, dim=1), *parts)
         out[whole * wire.row :] = values.view(-1)[:rest]
+
+
+def _parts(numel: int, wire: WireFormat) -> Iterator[tuple[slice, slice]]:
+    """Elements, and their bytes in the payload: whole rows, `ROTATED_AT_ONCE` or fewer where one row is not longer."""
+    rows = max(1, ROTATED_AT_ONCE // wire.row)
+    for first in range(0, wire.rows(numel), rows):
+        last = min(first + rows, wire.rows(numel))
+        yield slice(first * wire.row, min(last * wire.row, numel)), slice(first * wire.width, last * wire.width)
 
 
 def _aligned(payload: Tensor) -> Tensor:
@@ -179,10 +198,10 @@ def encode_formula(x: Tensor, form: str, seed: int = 0) -> Tensor:
     flat, rows = x.reshape(-1), wire.rows(x.numel())
     if wire.is_cast:
         return flat.to(CASTS[wire.format]).view(torch.uint8)
-    padded = torch.nn.functional.pad(flat, (0, rows * wire.row - x.numel())).reshape(-1, wire.row)
+    padded = torch.nn.functional.pad(flat, (0, rows * wire.row - x.numel())).reshape(rows, wire.row)
     numbers = [torch.full((), number, dtype=torch.int64, device=x.device) for number in (seed, 0)]
     codes, scales = wire_kernels.encode_rows(padded, wire, numbers)
-    return torch.cat([codes, scales.view(torch.uint8)], dim=1).reshape(-1)
+    return torch.cat([*(piece.view(torch.uint8) for piece in codes), scales.view(torch.uint8)], dim=1).reshape(-1)
 
 
 def decode_formula(payload: Tensor, numel: int, dtype: torch.dtype, form: str) -> Tensor:
@@ -198,7 +217,7 @@ def decode_reduce_formula(payloads: Tensor, numel: int, dtype: torch.dtype, form
             torch.add, (payload.view(CASTS[wire.format]).to(torch.float32) for payload in payloads)
         )
         return (total / divisor if divisor != 1 else total).to(dtype)
-    rows = payloads.reshape(payloads.shape[0], -1, wire.width)
+    rows = payloads.reshape(payloads.shape[0], wire.rows(numel), wire.width)  # which may be none
     pieces = wire_kernels.reduce_rows((split(row, wire) for row in rows), wire, divisor)
     return torch.cat(pieces, dim=1).reshape(-1)[:numel].to(dtype)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qpass.ops import wire_kernels
 from qpass.ops.wire_format import SCALES, WireFormat
+from qpass.ops.wire_kernels import NONE, Hints
 
 log = logging.getLogger(__name__)
 
@@ -31,22 +32,24 @@ _lock = threading.Lock()
 
 
 def encode_kernel(wire: WireFormat, dtype: torch.dtype, device: torch.device, numel: int) -> Kernel:
-    """``kernel(x [rows, row], codes, scales, *numbers)`` writes codes and scales; views as `split` makes them.
+    """``kernel(x [rows, row], *codes, scales, *numbers)`` writes codes and scales; views as `encoded` makes them.
 
     numbers: the seed and the first element's number, int64 scalars, for stochastic formats; else nothing.
     """
 
-    def encode(x: Tensor, codes: Tensor, scales: Tensor, *numbers: Tensor, keep: wire_kernels.Keep = _same) -> None:
-        new_codes, new_scales = wire_kernels.encode_rows(x, wire, numbers, keep)
-        codes.copy_(new_codes)
+    def encode(x: Tensor, *tensors: Tensor, hints: Hints = NONE) -> None:
+        codes, scales = tensors[: wire.code_pieces], tensors[wire.code_pieces]
+        new_codes, new_scales = wire_kernels.encode_rows(x, wire, tensors[wire.code_pieces + 1 :], hints)
+        for out, piece in zip(codes, new_codes, strict=True):
+            out.copy_(piece)
         scales.view(new_scales.dtype).copy_(new_scales)
 
     def example(rows: int) -> list[Tensor]:
         x = torch.empty(rows, wire.row, dtype=dtype, device=device)
         # Each from memory of its own: views of one payload would be taken for aliases that may overlap.
-        codes, scales = (split(_payload(rows, wire, device), wire)[part] for part in (0, 1))
+        outs = [encoded(_payload(rows, wire, device), wire)[part] for part in range(wire.code_pieces + 1)]
         numbers = [torch.empty((), dtype=torch.int64, device=device) for _ in range(2 * wire.stochastic)]
-        return [x, codes, scales, *numbers]
+        return [x, *outs, *numbers]
 
     return _kernel(("encode", wire, dtype, device), numel, encode, example)
 
@@ -59,9 +62,9 @@ def reduce_kernel(
     outs: the `wire.pieces` equal pieces, ``[rows, row / pieces]``, of ``[rows, row]``.
     """
 
-    def reduce(*tensors: Tensor, keep: wire_kernels.Keep = _same) -> None:
+    def reduce(*tensors: Tensor, hints: Hints = NONE) -> None:
         outs, payloads = tensors[: wire.pieces], tensors[wire.pieces :]
-        sums = wire_kernels.reduce_rows((split(payload, wire) for payload in payloads), wire, divisor)
+        sums = wire_kernels.reduce_rows((split(payload, wire) for payload in payloads), wire, divisor, hints)
         for out, total in zip(outs, sums, strict=True):
             out.copy_(total)
 
@@ -81,8 +84,18 @@ def split(payload: Tensor, wire: WireFormat) -> tuple[Tensor, Tensor]:
     return payload[:, : wire.code_bytes], scales[:, wire.code_bytes // SCALES[wire.scale] :]
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
+def encoded(payload: Tensor, wire: WireFormat) -> list[Tensor]:
+    """``uint8 [rows, width]`` -> views for what `wire_kernels.encode_rows` returns, in its dtypes: codes, scales."""
+    codes, scales = split(payload, wire)
+    if wire.format == "fp8_e4m3":
+        codes = codes.view(torch.float8_e4m3fn)
+    return [*codes.chunk(wire.code_pieces, dim=1), scales]
+
+
+def _constant(size: int, device: torch.device) -> Tensor:
+    """`wire_kernels.hadamard` as a constant of the graph, which would else compute it again for every element."""
+    signs = [[1.0 - 2.0 * ((row & column).bit_count() & 1) for column in range(size)] for row in range(size)]
+    return torch.tensor(signs, device=device)
 
 
 def _kernel(key: tuple[Any, ...], numel: int, function: Kernel, example: Callable[[int], list[Tensor]]) -> Kernel:
@@ -115,7 +128,7 @@ def _compile(function: Kernel, example: Callable[[int], list[Tensor]]) -> Kernel
         return None
 
     def kernel(*tensors: Tensor) -> None:
-        function(*tensors, keep=getattr(torch.ops._inductor_test, "realize", _same))
+        function(*tensors, hints=Hints(getattr(torch.ops._inductor_test, "realize", NONE.keep), _constant))
 
     with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)):
         graph = make_fx(kernel, tracing_mode="fake")(*fakes)

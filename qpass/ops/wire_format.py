@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -107,6 +108,11 @@ class WireFormat:
         return 1 if self.is_cast or self.hadamard else {8: 1, 6: 4, 4: 2}[self.bits]
 
     @property
+    def code_pieces(self) -> int:
+        """Equal pieces that the bytes of a row's codes are encoded in: what 6 bits spread over three bytes."""
+        return 3 if self.bits == 6 else 1
+
+    @property
     def row(self) -> int:
         """Elements of a row: whole blocks, about 128 elements or more; 1 where there are no blocks.
 
@@ -135,12 +141,12 @@ class WireFormat:
         """Bits an element costs on the wire, scales included, padding not."""
         return 8 * self.width / self.row
 
-    def rows(self, numel: int) -> int:
-        """Rows of a payload of `numel` elements (symbolic sizes stay symbolic)."""
-        return (numel + self.row - 1) // self.row
+    def rows(self, numel: Any) -> Any:
+        """Rows of a payload of `numel` elements (an int; symbolic sizes stay symbolic)."""
+        return (numel + (self.row - 1)) // self.row
 
-    def payload_bytes(self, numel: int) -> int:
-        """Bytes of a payload of `numel` elements (symbolic sizes stay symbolic)."""
+    def payload_bytes(self, numel: Any) -> Any:
+        """Bytes of a payload of `numel` elements (an int; symbolic sizes stay symbolic)."""
         return self.rows(numel) * self.width
 
     def __str__(self) -> str:

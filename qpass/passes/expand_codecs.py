@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,24 @@ class ExpandCodecs(Pass):
         edit, table, mode = Editor(gm, self.name), select_decomp_table(), fake_mode_of(gm.graph)
         found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in FORMULAS]
         for node in found:
-            x, *rest = node.args
+            inputs = node.all_input_nodes
             assert mode is not None
             with mode, torch.no_grad():
-                body = make_fx(_of_one(FORMULAS[node.target], rest), decomposition_table=table)(x.meta["val"]).graph
+                trace = make_fx(_of_nodes(FORMULAS[node.target], node.args, inputs), decomposition_table=table)
+                body = trace(*(each.meta["val"] for each in inputs)).graph
             body.eliminate_dead_code()
-            node.replace_all_uses_with(edit.splice(body, [x], like=node, before=node))
+            node.replace_all_uses_with(edit.splice(body, inputs, like=node, before=node))
             gm.graph.erase_node(node)
         return len(found)
 
 
-def _of_one(formula: Callable[..., torch.Tensor], rest: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: formula(x, *rest)
+def _of_nodes(
+    formula: Callable[..., torch.Tensor], args: tuple[Any, ...], inputs: list[fx.Node]
+) -> Callable[..., torch.Tensor]:
+    """The formula as a function of the nodes among its arguments: tensors, and sizes that are symbolic."""
+
+    def function(*given: Any) -> torch.Tensor:
+        values = dict(zip(inputs, given, strict=True))
+        return formula(*fx.node.map_arg(args, values.__getitem__))
+
+    return function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -10,18 +11,26 @@ from qpass.comm.codec import Codec
 from qpass.comm.cost import Decision
 from qpass.comm.group import process_group
 from qpass.comm.override import Place, Seen
-from qpass.comm.policy import Policy
+from qpass.comm.policy import LARGE, Policy
 from qpass.comm.schedule import shots
 from qpass.graph.edit import Editor
 from qpass.graph.record import record_of, set_record
+from qpass.graph.sizes import is_data_dependent, is_known, sizes
 from qpass.graph.source import module_stack
-from qpass.passes.annotate import describe
+from qpass.passes.annotate import NotAsked, describe
 from qpass.passes.frame import Pass
 from qpass.patterns.reduce_scatter import SUMS
+from qpass.rewrite.coalesced import COALESCED, NOT_WAITED, Coalesced, as_bucket, as_coalesced
 from qpass.rewrite.coded import ENCODE, as_coded, decoded, encoded
-from qpass.rewrite.collective import EVEN_KEY, Collective, as_collective, is_other_collective
+from qpass.rewrite.collective import KINDS, PARTS_KEY, Collective, as_collective, group_name, is_other_collective
+from qpass.rewrite.in_place import IN_PLACE, as_functional, as_in_place
+from qpass.rewrite.match import normalized
+from qpass.rewrite.parts import coded_parts, fills_rows
 from qpass.rewrite.rule import Refusal, require
-from qpass.rewrite.transfer import world_of
+from qpass.rewrite.transfer import free_of_sizes
+
+FORMS = {**KINDS, **{target: kind for table in (COALESCED, IN_PLACE) for target, (kind, _) in table.items()}}
+"""Operator -> kind, of every form of collective that can be compressed."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,8 @@ class InsertCodecs(Pass):
     """``collective(x)  ->  collective(decode(encode(x)))`` where the policy wants it; else the record says why not.
 
     The sum of an all_reduce that would send fewer bytes in two transfers is rounded, too:
-    ``wait(all_reduce(x))  ->  decode(encode(wait(all_reduce(decode(encode(x))))))``.
+    ``wait(all_reduce(x))  ->  decode(encode(wait(all_reduce(decode(encode(x))))))``. A list of tensors becomes one
+    (`qpass.rewrite.coalesced`), and what is written in place is copied there (`qpass.rewrite.in_place`).
 
     ``backward`` says which of the two graphs of a training step this is.
     """
@@ -41,74 +51,116 @@ class InsertCodecs(Pass):
         edit = Editor(gm, self.name)
         count = 0
         for node in list(gm.graph.nodes):
-            collective = as_collective(node)
-            if collective is not None:
-                count += self._visit(collective, edit)
+            if node.target in FORMS:
+                count += self._visit(node, edit)
             elif is_other_collective(node):
                 _leave(node, "this form of collective is not compressed", asked=True)
         return count
 
-    def _visit(self, collective: Collective, edit: Editor) -> int:
-        node, x, policy = collective.node, collective.x.meta["val"], self.policy
-        if as_coded(collective.x) is not None or collective.x.target is ENCODE:  # decided by somebody else
+    def _visit(self, node: fx.Node, edit: Editor) -> int:
+        known, kinds = record_of(node), self.policy.kinds
+        if known is not None and known.outcome == "quantized":
             return 0
-        if not x.dtype.is_floating_point:
-            narrowed = record_of(node) is not None  # by a rule
-            reason = f"values of {str(x.dtype).removeprefix('torch.')} travel as they are"
-            return 0 if narrowed else _leave(node, reason, asked=False)
         try:
-            require(all(isinstance(size, int) for size in x.shape), "its size is symbolic")
-            world = world_of(collective)
-            numel = x.numel() * (world if collective.kind == "all_gather" else 1)
-            resolved = policy.resolve(_place(collective, self.backward), numel, x.dtype)
-            if isinstance(resolved, Decision):
-                return _leave(node, resolved.reason, asked=False)
-            policy = resolved
-            decision = policy.decide(collective.kind, numel, x.dtype, world)
-            if not decision:
-                return _leave(node, decision.reason, asked=False)
-            _check(collective)
+            found = as_coalesced(node) if node.target in COALESCED else _one(node, edit)
+            if isinstance(found, Collective) and (as_coded(found.x) is not None or found.x.target is ENCODE):
+                return 0  # decided by somebody else
+            if known is not None and not found.dtype.is_floating_point:  # narrowed by a rule
+                return 0
+            policy = self._wanted(found)
+            kinds = policy.kinds
+            _check(found)
         except Refusal as refusal:
-            return _leave(node, refusal.reason, asked=collective.kind in policy.kinds)
-        wire = policy.codec
-        parts = world if collective.kind in ("all_to_all", "reduce_scatter") else 1
-        place = {"like": node, "before": node}
-        payload = encoded(edit, collective.x, wire, parts, **place)
-        value = decoded(edit, payload, wire, parts, x.shape, x.dtype, **place)
-        node.replace_input_with(collective.x, value)
-        if collective.kind == "all_reduce" and shots(x.numel(), wire, world) == "two_shot":
-            _round_sum(collective, wire, edit)
-        node.meta[EVEN_KEY] = True
-        record = describe(node, "quantized").but(op=collective.kind, kernel=str(wire), asked=True)
-        set_record(node, record.but(group=collective.group_name))
+            return _leave(node, refusal.reason, asked=FORMS[node.target] in kinds and not isinstance(refusal, NotAsked))
+        if isinstance(found, Coalesced):
+            found = _one(as_bucket(edit, found, policy.codec), edit)
+        elif node.target in IN_PLACE:
+            found = as_functional(edit, found)
+        _round(found, policy.codec, edit)
+        record = describe(found.node, "quantized").but(op=found.kind, kernel=str(policy.codec), asked=True)
+        set_record(found.node, record.but(group=found.group_name))
         return 1
 
+    def _wanted(self, found: Collective | Coalesced) -> Policy:
+        """What the policy says of one collective; refuses where it wants it plain."""
+        if not found.dtype.is_floating_point:
+            raise NotAsked(f"values of {str(found.dtype).removeprefix('torch.')} travel as they are")
+        if found.world is None:
+            raise Refusal("the number of ranks in its group is not known")
+        whole = found.numel * (found.world if found.kind == "all_gather" else 1)
+        differs = found.kind == "all_to_all" or is_data_dependent(whole)  # no rank can know what the others see
+        numel = None if differs else whole
+        resolved = self.policy.resolve(_place(found.node, self.backward), numel, found.dtype)
+        if isinstance(resolved, Decision):
+            raise NotAsked(resolved.reason)
+        decision = resolved.decide(found.kind, numel, found.dtype, found.world)
+        if not decision:
+            raise NotAsked(decision.reason)
+        return resolved
 
-def _check(collective: Collective) -> None:
+
+def _one(node: fx.Node, edit: Editor) -> Collective:
+    found = as_in_place(node) if node.target in IN_PLACE else as_collective(node)
+    assert found is not None
+    free_of_sizes(edit, found)
+    return found
+
+
+def _check(found: Collective | Coalesced) -> None:
     """Refuse what no rule of the catalogue sends as payloads."""
-    require(collective.wait is not None, "its result is read without being waited for, or more than once")
-    if collective.kind in ("all_reduce", "reduce_scatter"):
-        require(collective.op in SUMS, f"a {collective.op} cannot be taken over payloads")
-    require(collective.is_even, "its parts are not equal")
+    if found.kind in ("all_reduce", "reduce_scatter"):
+        require(found.op in SUMS, f"a {found.op} cannot be taken over payloads")
+    if isinstance(found, Coalesced):
+        return  # waited for, or it could not be read
+    require(found.wait is not None, NOT_WAITED)
+    if found.kind == "reduce_scatter" and found.world and is_data_dependent(found.numel):
+        is_even = is_known(found.numel % found.world == 0)
+        require(is_even, f"its {found.numel} elements are not known to make {found.world} equal parts")
 
 
-def _round_sum(collective: Collective, wire: Codec, edit: Editor) -> None:
-    wait = collective.wait
+def _round(found: Collective, wire: Codec, edit: Editor) -> None:
+    found.node.replace_input_with(found.x, _rounded(edit, found, wire))
+    numel = LARGE if is_data_dependent(found.numel) else found.numel
+    if found.kind == "all_reduce" and shots(numel, wire, found.world) == "two_shot":  # type: ignore[arg-type]
+        _round_sum(found, wire, edit)
+
+
+def _rounded(edit: Editor, found: Collective, wire: Codec) -> fx.Node:
+    """What is sent, decoded from a payload; where each rank gets a part of its own, each part from one of its own."""
+    node, x = found.node, found.x
+    place: Any = {"like": node, "before": node}
+    parts: Any = found.world if found.kind == "reduce_scatter" else 1
+    if found.kind == "all_to_all":
+        node.meta[PARTS_KEY] = True
+        if not fills_rows(x, wire):
+            splits = normalized(node)["input_split_sizes"]
+            if not found.is_even or is_data_dependent(found.numel):
+                return coded_parts(edit, x, splits, wire, **place)
+            parts = found.world
+    payload = encoded(edit, x, wire, parts, **place)
+    return decoded(edit, payload, wire, parts, sizes(edit, x, **place), found.dtype, **place)
+
+
+def _round_sum(found: Collective, wire: Codec, edit: Editor) -> None:
+    wait = found.wait
     assert wait is not None
-    val, readers = wait.meta["val"], list(wait.users)
-    place = {"like": wait, "before": wait.next}
+    readers = list(wait.users)
+    place: Any = {"like": wait, "before": wait.next}
     payload = edit.call(ENCODE, wait, str(wire), **place)
-    value = decoded(edit, payload, wire, 1, val.shape, val.dtype, **place)
+    shape = sizes(edit, found.x, **place)  # not of the sum, which has one reader that way
+    value = decoded(edit, payload, wire, 1, shape, found.dtype, **place)
     for reader in readers:
         reader.replace_input_with(wait, value)
 
 
 def _leave(node: fx.Node, reason: str, asked: bool) -> int:
-    known, found = record_of(node), as_collective(node)
+    known = record_of(node)
     if known is not None and known.outcome == "lowered":  # narrowed by a rule, which is worth more to know
         return 0
     record = describe(node, "float", reason=reason).but(asked=asked)
-    set_record(node, record.but(op=found.kind, group=found.group_name) if found is not None else record)
+    if node.target in FORMS:
+        record = record.but(op=FORMS[node.target], group=group_name(node))
+    set_record(node, record)
     return 0
 
 
@@ -116,15 +168,14 @@ def seen_in(gm: fx.GraphModule, policy: Policy, backward: bool) -> Seen:
     """What the overrides of ``policy`` can be held against in a graph, and which of them hold for a collective."""
     seen = Seen(backward)
     for node in gm.graph.nodes:
-        collective = as_collective(node)
-        if collective is not None:
-            seen.note(_place(collective, backward), policy.overrides)
+        if node.target in FORMS:
+            seen.note(_place(node, backward), policy.overrides)
     return seen
 
 
-def _place(collective: Collective, backward: bool) -> Place:
-    modules = tuple(path for path, _ in module_stack(collective.node) if path)
-    return Place(collective.kind, _names_of(collective.group_name), modules, backward)
+def _place(node: fx.Node, backward: bool) -> Place:
+    modules = tuple(path for path, _ in module_stack(node) if path)
+    return Place(FORMS[node.target], _names_of(group_name(node)), modules, backward)
 
 
 def _names_of(group: str) -> tuple[str, ...]:

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from torch import fx
 
 from qpass.graph.record import record_of, set_record
+from qpass.passes.annotate import describe
 from qpass.passes.frame import Pass
 from qpass.patterns import COLLECTIVES
 from qpass.rewrite.collective import KINDS
 from qpass.rewrite.rule import apply_rules
+
+BY_CODES = ("GatherScales", "MoveCodes", "QuantizeBeforeGather")
+"""Rules that only match where somebody quantized, so that what they decline is worth to know in any graph."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,11 @@ class LowerCollectives(Pass):
     def run(self, gm: fx.GraphModule) -> int:
         walks = [apply_rules(gm, rules, self.name) for rules in COLLECTIVES]
         reasons = {node: reason for walk in walks for _, node, reason in walk.refused if not node._erased}
+        near = {node for walk in walks for rule, node, _ in walk.refused if rule in BY_CODES}
         for node, reason in reasons.items():
             record = record_of(node) if node.target in KINDS else None
             if record is not None and record.outcome == "quantized":
                 set_record(node, record.but(reason=reason))
+            elif record is None and node in near:
+                set_record(node, describe(node, "float", reason=reason).but(op=KINDS[node.target]))
         return sum(walk.count for walk in walks)

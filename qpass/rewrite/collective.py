@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives  # registers what the operators return for fake tensors
 from torch import fx
+from torch._higher_order_ops import auto_functionalize
 
 from qpass.rewrite.expression import operators
 from qpass.rewrite.match import normalized
@@ -20,6 +21,9 @@ c10d = operators("_c10d_functional")
 """Functional collectives as expressions."""
 
 ops = torch.ops._c10d_functional
+
+FUNCTIONALIZED = (auto_functionalize.auto_functionalized, auto_functionalize.auto_functionalized_v2)
+"""What AOTAutograd wraps operators in that write to their arguments; Inductor takes them out of it again."""
 
 KINDS: dict[Any, str] = {
     ops.all_gather_into_tensor.default: "all_gather",
@@ -35,8 +39,13 @@ WAIT = ops.wait_tensor.default
 WORLD_KEY = "qpass_world"
 """``meta`` key on a collective: how many ranks its group has, for a graph that names groups this process lacks."""
 
-EVEN_KEY = "qpass_even"
-"""``meta`` key on an all_to_all: the parts are promised to be equal on every rank, which no rank's graph can tell."""
+
+PARTS_KEY = "qpass_parts"
+"""``meta`` key on an all_to_all: every rank codes each part by itself, which no rank's graph can tell of the others."""
+
+
+SENT_KEY = "qpass_sent"
+"""``meta`` key on a collective that stands for another one: the elements that one would have sent."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,17 @@ class Collective:
     @property
     def group_name(self) -> str:
         """The name of the process group; ``""`` where the graph does not hold it."""
-        return self.group if isinstance(self.group, str) else ""
+        return group_name(self.node)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is sent."""
+        return self.x.meta["val"].dtype
+
+    @property
+    def numel(self) -> int | torch.SymInt:
+        """The elements of what is sent."""
+        return self.x.meta["val"].numel()
 
     @property
     def wait(self) -> fx.Node | None:
@@ -80,19 +99,28 @@ def as_collective(node: Any) -> Collective | None:
     if kind is None:
         return None
     given = normalized(node)
-    return Collective(node, kind, given["input"], given.get("reduce_op", ""), given["group_name"], _world(node, given))
+    return Collective(node, kind, given["input"], given.get("reduce_op", ""), given["group_name"], world_in(node))
 
 
 def is_other_collective(node: fx.Node) -> bool:
     """Whether a node communicates in a form that `as_collective` does not read: coalesced, in place, into an output."""
-    namespace = getattr(node.target, "namespace", "") if node.op == "call_function" else ""
-    if namespace not in ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional"):
+    target: Any = node.target if node.op == "call_function" else None
+    if target in FUNCTIONALIZED:
+        target = node.args[0]
+    if getattr(target, "namespace", "") not in ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional"):
         return False
-    name = node.target._schema.name  # type: ignore[union-attr]
-    return node.target not in KINDS and "wait_tensor" not in name and "_wrap_tensor" not in name
+    return target not in KINDS and not any(word in target._schema.name for word in ("wait_tensor", "_wrap_tensor"))
 
 
-def _world(node: fx.Node, given: dict[str, Any]) -> int | None:
+def group_name(node: fx.Node) -> str:
+    """The name of a collective's process group; ``""`` where the graph does not hold it."""
+    group = normalized(node)["group_name"]
+    return group if isinstance(group, str) else ""
+
+
+def world_in(node: fx.Node) -> int | None:
+    """The number of ranks of a collective's group, None where nothing tells it."""
+    given = normalized(node)
     if "group_size" in given:
         return given["group_size"]
     if "input_split_sizes" in given:

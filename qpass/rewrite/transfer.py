@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from qpass.graph.edit import Editor
 from qpass.graph.record import NodeRecord, record_of, set_record
-from qpass.rewrite.coded import Coded, as_coded
-from qpass.rewrite.collective import WAIT, Collective, as_collective, ops
+from qpass.graph.sizes import Size, argument, is_symbolic, size, sizes, total
+from qpass.rewrite.coded import Coded, as_coded, shape_of
+from qpass.rewrite.collective import SENT_KEY, WAIT, Collective, as_collective, ops
+from qpass.rewrite.match import normalized
 from qpass.rewrite.rule import Refusal, require
+
+aten = torch.ops.aten
 
 
 def payload_of(collective: Collective, parts: int) -> Coded:
@@ -43,18 +48,42 @@ def issued_by(wait: fx.Node) -> Collective:
     return found
 
 
+def result_shape(edit: Editor, collective: Collective, *, like: fx.Node, before: fx.Node) -> list[int | Size]:
+    """The shape of what a collective gives, by the sizes of what it sends."""
+    first, *rest = shape_of(edit, collective.x, like=like, before=before) or [1]
+    if collective.kind == "all_gather":
+        return [first * world_of(collective), *rest]
+    if collective.kind == "reduce_scatter":
+        return [first // world_of(collective), *rest]
+    if collective.kind == "all_to_all":
+        splits = normalized(collective.node)["output_split_sizes"]
+        return [total(size(edit, split, like=like, before=before) for split in splits), *rest]
+    return [first, *rest] if collective.x.meta["val"].dim() else []
+
+
+def free_of_sizes(edit: Editor, collective: Collective) -> None:
+    """Let the sizes of what is still on its way be read off what is sent: then its only reader is who waits for it."""
+    for reader in list(collective.node.users):
+        if reader.target is aten.sym_size.int:
+            place: Any = {"like": reader, "before": collective.node}
+            node = argument(result_shape(edit, collective, **place)[normalized(reader)["dim"]])
+            assert isinstance(node, fx.Node)
+            reader.replace_all_uses_with(node)
+            edit.graph.erase_node(reader)
+
+
 def send(edit: Editor, collective: Collective, payload: fx.Node, how: str, target: Any, *args: Any) -> fx.Node:
     """Start ``target(payload, *args, group)`` in the collective's place; its record says what went instead of what."""
     issue = edit.call(target, payload, *args, collective.group, like=collective.node, before=collective.node)
-    before, after = (_nbytes(node) for node in (collective.x, payload))
     known = record_of(collective.node) or NodeRecord(collective.kind, "quantized", group=collective.group_name)
-    set_record(issue, known.but(outcome="lowered", kernel=how, reason=f"{before:,} -> {after:,} bytes"))
+    set_record(issue, known.but(outcome="lowered", kernel=how, reason=saved(collective, payload)))
     return issue
 
 
 def exchange(edit: Editor, collective: Collective, payload: fx.Node, how: str, world: int) -> fx.Node:
     """Start an all_to_all of ``world`` equal parts of a payload in the collective's place, recorded as `send` does."""
-    splits = [payload.meta["val"].numel() // world] * world
+    (length,) = sizes(edit, payload, like=collective.node, before=collective.node)
+    splits = [argument(length // world)] * world
     return send(edit, collective, payload, how, ops.all_to_all_single.default, splits, splits)
 
 
@@ -63,6 +92,11 @@ def wait_for(edit: Editor, issue: fx.Node, *, like: fx.Node, before: fx.Node) ->
     return edit.call(WAIT, issue, like=like, before=before)
 
 
-def _nbytes(node: fx.Node) -> int:
-    val = node.meta["val"]
-    return int(val.numel() * val.element_size())
+def saved(collective: Collective, payload: fx.Node) -> str:
+    """What went instead of what, in words: bytes, as far as sizes are known."""
+    values, codes = collective.x.meta["val"], payload.meta["val"]
+    before = collective.node.meta.get(SENT_KEY, values.numel()) * values.element_size()
+    after = codes.numel() * codes.element_size()
+    if is_symbolic(before) or is_symbolic(after):
+        return f"{before} -> {after} bytes"
+    return f"{before:,} -> {after:,} bytes"

@@ -67,8 +67,9 @@ def qpass_steps(program: torch.export.ExportedProgram) -> dict[str, Callable[[An
     import qpass
 
     config = qpass.presets.get("int8_static")
+    graph = program.module()
     return {
-        "prepare": lambda _: qpass.prepare(program, example_inputs(), config=config),
+        "prepare": lambda _: qpass.prepare(graph, example_inputs(), config=config),
         "calibrate": _calibrated,
         "convert": qpass.convert,
         "lower": qpass.lower,

@@ -14,52 +14,10 @@ from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-import qpass.compress
 from qpass import comm
 from qpass.errors import AgreementError
-from qpass.graph.record import NodeRecord
-from qpass.rewrite.collective import KINDS
 from ranks import everywhere
-
-INT8 = comm.codec("int8")
-ALL = {"comm": comm.Policy("int8", tuple(comm.cost.FORMS), 0)}
-
-
-class Watch:
-    """The collectives of every graph that was compiled while it watched: before, after, and the decisions."""
-
-    def __enter__(self) -> Watch:
-        self.before: list[Counter[str]] = []
-        self.after: list[Counter[str]] = []
-        self.decisions: list[NodeRecord] = []
-        self.original = qpass.compress.compress
-
-        def compress(gm: Any, *args: Any, **kwargs: Any) -> Any:
-            self.before.append(counted(gm))
-            result = self.original(gm, *args, **kwargs)
-            self.after.append(counted(result))
-            self.decisions += qpass.compress.collectives(result)
-            return result
-
-        qpass.compress.compress = compress
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        qpass.compress.compress = self.original
-
-
-def counted(gm: Any) -> Counter[str]:
-    """How many collectives of each kind send tensors of which dtype."""
-    sends = ((KINDS[node.target], node.args[0].meta["val"].dtype) for node in gm.graph.nodes if node.target in KINDS)
-    return Counter(f"{kind} {str(dtype).removeprefix('torch.')}" for kind, dtype in sends)
-
-
-def value(rank: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(rank))
-
-
-def rounded(x: Tensor) -> Tensor:
-    return INT8.decode(INT8.encode(x), x.numel(), x.dtype).view(x.shape)
+from watched import ALL, INT8, Watch, rounded, value
 
 
 def user_function(rank: int, world: int) -> None:
@@ -109,6 +67,34 @@ def user_function(rank: int, world: int) -> None:
     assert torch.equal(results[1], gathered)
     for result in (results[0], results[1], results[4]):
         assert all(torch.equal(other, everywhere(result)[0]) for other in everywhere(result))
+
+
+def in_pieces(rank: int, world: int) -> None:
+    """Large tensors go in pieces, the last of them shorter, and none of their bits changes."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        summed, gathered, scattered = x * 2, x.new_empty(world * 10, 77), x.new_empty(5, 77)
+        dist.all_reduce(summed)
+        dist.all_gather_into_tensor(gathered, x * 3)
+        dist.reduce_scatter_tensor(scattered, x * 4)
+        return summed, gathered + 1, scattered
+
+    comm.pieces.CHUNK = 128  # so that small tensors, too, go in pieces
+    x = value(rank, 10, 77)
+    with Watch() as watch:
+        summed, gathered, scattered = torch.compile(function, backend="qpass", options=ALL)(x)
+    comm.pieces.CHUNK = comm.schedule.CHUNK
+    assert watch.after == [{}]  # 770 elements are 7 rows, each half of them 4
+    assert [(record.kernel.rpartition(", ")[2], record.reason) for record in watch.decisions] == [
+        ("in 4 pieces", "3,080 -> 910 bytes"), ("in 4 pieces", "3,080 -> 910 bytes"),
+        ("in 4 pieces", "3,080 -> 1,040 bytes"),
+    ]  # fmt: skip
+    expected, parts, part = x * 2, x.new_empty(world * 10, 77), x.new_empty(5, 77)
+    comm.all_reduce(expected, codec=INT8)
+    comm.all_gather(parts, x * 3, codec=INT8)
+    comm.reduce_scatter(part, x * 4, codec=INT8)
+    for found, one in ((summed, expected), (gathered, parts + 1), (scattered, part)):
+        assert torch.equal(found, one)
 
 
 def tensor_parallel(rank: int, world: int) -> None:

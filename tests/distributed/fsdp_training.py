@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -25,10 +26,16 @@ def sharded(policy: MixedPrecisionPolicy | None = None) -> FSDPModule:
     return fully_shard(net, **options)
 
 
-def train(model: Any, steps: int, broken: bool = False) -> Tensor:
-    """The loss before each step, and the whole parameters' values after them, in one dimension."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for step in range(steps):
+def optimizer_of(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+
+
+def train(
+    model: Any, steps: int, broken: bool = False, optimizer: torch.optim.Optimizer | None = None, first: int = 0
+) -> Tensor:
+    """The whole parameters' values after so many steps, the first of which has the given number, in one dimension."""
+    optimizer = optimizer or optimizer_of(model)
+    for step in range(first, first + steps):
         data = torch.Generator().manual_seed(1000 * step + dist.get_rank())
         x, labels = torch.randn(16, 37, generator=data), torch.randint(10, (16,), generator=data)
         loss = nn.functional.cross_entropy(model(x).float(), labels)
@@ -38,6 +45,21 @@ def train(model: Any, steps: int, broken: bool = False) -> Tensor:
         optimizer.step()
         optimizer.zero_grad()
     return torch.cat([parameter.full_tensor().detach().flatten() for parameter in model.parameters()])
+
+
+def resumed(**chosen: Any) -> bool:
+    """Whether a run that was saved after 3 steps and continued in a new model ends where the first run ends."""
+    models = [sharded(), sharded()]
+    for model in models:
+        qpass.comm.compress_fsdp(model, **chosen)
+    optimizers = [optimizer_of(model) for model in models]
+    train(models[0], 3, optimizer=optimizers[0])
+    saved = copy.deepcopy((models[0].state_dict(), optimizers[0].state_dict()))
+    train(models[1], 1, optimizer=optimizers[1])  # it is a used model that takes the state over
+    models[1].load_state_dict(saved[0])
+    optimizers[1].load_state_dict(saved[1])
+    pairs = zip(models, optimizers, strict=True)
+    return torch.equal(*(train(model, 3, optimizer=optimizer, first=3) for model, optimizer in pairs))
 
 
 def figures() -> dict[str, Any]:
@@ -89,8 +111,17 @@ def figures() -> dict[str, Any]:
     qpass.comm.compress_fsdp(broken)
     found["inf is seen"] = not train(broken, 1, broken=True).isfinite().all().item()
 
-    try:
-        qpass.comm.compress_fsdp(network())
-    except qpass.QpassError as error:
-        found["nothing sharded"] = str(error)
+    found["resumed"] = [resumed(), resumed(reduce_scatter="int4:32:bf16:hadamard")]
+
+    fast = qpass.comm.Link(bandwidth=1e12, latency=1e-6, encode=1e9, decode=1e9)
+    declined = sharded()
+    done = qpass.comm.compress_fsdp(declined, link=fast)
+    found["declined"] = torch.equal(train(declined, 6), plain)
+    found["declined: ratio"] = done.statistics.ratio
+
+    for name, asked in {"nothing sharded": network(), "feedback": sharded()}.items():
+        try:
+            qpass.comm.compress_fsdp(asked, error_feedback=name == "feedback")
+        except qpass.QpassError as error:
+            found[name] = str(error)
     return found

@@ -15,6 +15,7 @@ import ranks
 from qpass import comm
 from qpass.comm import schedule
 from qpass.comm.codec import NAMES
+from qpass.errors import AgreementError
 
 CODECS = [
     *NAMES, "int8:64:fp32:stochastic", "int8:128:bf16:hadamard", "int4:32:bf16:hadamard", "int6:32:e8m0:stochastic",
@@ -26,14 +27,33 @@ SIZES = (0, 1, 131, 2600)  # with pieces of 512 elements: nothing, a part of a r
 
 CASES = {
     2: ["all_reduces", "stochastic_all_reduces", "others", "async_calls", "integers", "inputs_of_any_strides",
-        "lost_blocks"],
+        "lost_blocks", "declined_calls"],
     3: ["few_all_reduces", "few_others", "subgroups"],
     4: ["few_all_reduces_of_a_mesh", "subgroups", "few_all_reduces", "async_calls"],
 }  # fmt: skip
 SLOW = {
-    3: ["all_reduces", "others"],
-    4: ["all_reduces", "all_reduces_of_a_mesh", "others"],
-    8: ["all_reduces", "all_reduces_of_a_mesh", "others", "async_calls", "subgroups"],
+    3: ["all_reduces", "stochastic_all_reduces", "others", "async_calls", "lost_blocks"],
+    4: [
+        "all_reduces",
+        "stochastic_all_reduces",
+        "all_reduces_of_a_mesh",
+        "others",
+        "integers",
+        "lost_blocks",
+        "declined_calls",
+    ],
+    8: [
+        "all_reduces",
+        "stochastic_all_reduces",
+        "all_reduces_of_a_mesh",
+        "others",
+        "async_calls",
+        "subgroups",
+        "integers",
+        "inputs_of_any_strides",
+        "lost_blocks",
+        "declined_calls",
+    ],
 }
 
 
@@ -77,6 +97,43 @@ def assert_agreed(x: Tensor) -> None:
     assert all(torch.equal(other, x.view(-1).view(torch.uint8)) for other in ranks.everywhere(x) if x.numel())
 
 
+def declined_calls(rank: int, world: int) -> None:
+    """On a link that the cost model takes for fast, calls send in full; on a slow one, codes."""
+    fast = comm.Link(bandwidth=1e12, latency=1e-6, encode=1e9, decode=1e9)
+    slow = comm.Link(bandwidth=1e6, latency=1e-6, encode=1e9, decode=1e9)
+    inputs = [value(other, 2600, torch.float32) for other in range(world)]
+    for link, codec in ((fast, "fp32"), (slow, "int4")):
+        for async_op in (False, True):
+            options = {"async_op": async_op, "link": link}
+            got = [received(x, comm.codec(codec)) for x in inputs]
+            outs = [inputs[rank].clone(), torch.empty(2600), *(torch.empty(world * 2600) for _ in range(2)),
+                    inputs[rank].clone()]  # fmt: skip
+            many = inputs[rank].repeat(world)
+            works = [
+                comm.all_reduce(outs[0], "avg", codec="int4", schedule="one_shot", **options),
+                comm.reduce_scatter(outs[1], many, "avg", codec="int4", **options),
+                comm.all_gather(outs[2], inputs[rank], codec="int4", **options),
+                comm.all_to_all(outs[3], many, codec="int4", **options),
+                comm.broadcast(outs[4], world - 1, codec="int4", **options),
+            ]
+            for work in works if async_op else ():
+                work.wait()
+            expected = [summed(got, world), summed(got, world), torch.cat(got), torch.cat(got), got[-1]]
+            for out, right in zip(outs[2:], expected[2:], strict=True):
+                assert torch.equal(out, right)
+            for out, right in zip(outs[:2], expected[:2], strict=True):  # torch's own sums have an order of their own
+                size = sum(x.abs() for x in got)
+                assert ((out - right).abs() <= 2.0**-22 * size).all()
+    if world > 2:
+        mesh = dist.init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("across", "inside"))
+        for op, divisor in (("sum", 1), ("avg", world)):
+            x = inputs[rank].clone()
+            comm.all_reduce(x, op, mesh, "int4", link=fast)
+            assert ((x - summed(inputs, divisor)).abs() <= world * 2.0**-23 * sum(y.abs() for y in inputs)).all()
+    with pytest.raises(AgreementError, match=r"schedule: .*'plain'"):
+        comm.all_reduce(torch.ones(3000), link=(fast, slow)[rank % 2])
+
+
 def in_pieces() -> None:
     schedule.CHUNK = 512  # so that small tensors, too, are cut into pieces
 
@@ -87,6 +144,7 @@ def few_all_reduces(rank: int, world: int) -> None:
 
 def all_reduces(rank: int, world: int, codecs: Sequence[str] = CODECS, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
     in_pieces()
+    turns = itertools.count()
     for name, dtype, how in itertools.product(codecs, dtypes, ("one_shot", "two_shot")):
         codec = comm.codec(name)
         if codec.stochastic:
@@ -96,6 +154,9 @@ def all_reduces(rank: int, world: int, codecs: Sequence[str] = CODECS, dtypes: S
             divisor = world if op == "avg" else 1
             x = inputs[rank].clone()
             assert comm.all_reduce(x, op, codec=codec, schedule=how) is None
+            assert_agreed(x)
+            if next(turns) % world != rank:
+                continue  # all hold the same, so one rank looks whether it is right
             expected = summed([received(other, codec) for other in inputs], divisor)
             bound = sum(codec.error_bound(other) for other in inputs) / divisor
             if how == "two_shot":
@@ -107,7 +168,6 @@ def all_reduces(rank: int, world: int, codecs: Sequence[str] = CODECS, dtypes: S
             rounding = world * 2.0**-24 * sum(other.double().abs() for other in inputs)
             rounding = rounding + torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).tiny
             assert ((x.double() - exact).abs() <= bound + rounding).all(), (codec, dtype, how, numel)
-            assert_agreed(x)
 
 
 def stochastic_all_reduces(rank: int, world: int) -> None:
@@ -137,6 +197,11 @@ def first_error(x: Tensor, codec: comm.Codec) -> Tensor:
     return codec.decode(codec.encode(x, 99), x.numel()).double() - x.double()
 
 
+def from_to(numel: int, dtype: torch.dtype, a: int, b: int) -> Tensor:
+    """What rank a has for rank b."""
+    return value(a, numel, dtype, salt=b + 1)
+
+
 def few_others(rank: int, world: int) -> None:
     others(rank, world, FEW, (torch.float16,))
 
@@ -153,25 +218,26 @@ def others(
         if codec.stochastic:
             continue
         for numel in SIZES:
-            shares = [[value(a, numel, dtype, salt=b + 1) for b in range(world)] for a in range(world)]  # from a to b
-            got = [[received(share, codec) for share in row] for row in shares]
+            share = functools.cache(functools.partial(from_to, numel, dtype))
+            got = functools.cache(lambda a, b, share=share, codec=codec: received(share(a, b), codec))
+            mine = torch.cat([share(rank, b) for b in range(world)])
 
             out = torch.empty(numel, dtype=dtype)
-            comm.reduce_scatter(out, torch.cat(shares[rank]), "avg", codec=codec)
-            assert torch.equal(out, summed([row[rank] for row in got], world).to(dtype))
+            comm.reduce_scatter(out, mine, "avg", codec=codec)
+            assert torch.equal(out, summed([got(a, rank) for a in range(world)], world).to(dtype))
 
             out = torch.empty(world * numel, dtype=dtype)
-            comm.all_gather(out, shares[rank][0], codec=codec)
-            assert torch.equal(out, torch.cat([row[0] for row in got]).to(dtype))
+            comm.all_gather(out, share(rank, 0), codec=codec)
+            assert torch.equal(out, torch.cat([got(a, 0) for a in range(world)]).to(dtype))
             assert_agreed(out)
 
             out = torch.empty(world * numel, dtype=dtype)
-            comm.all_to_all(out, torch.cat(shares[rank]), codec=codec)
-            assert torch.equal(out, torch.cat([row[rank] for row in got]).to(dtype))
+            comm.all_to_all(out, mine, codec=codec)
+            assert torch.equal(out, torch.cat([got(a, rank) for a in range(world)]).to(dtype))
 
-            x = shares[rank][0].clone()
+            x = share(rank, 0).clone()
             comm.broadcast(x, src=world - 1, codec=codec)
-            assert torch.equal(x, got[world - 1][0].to(dtype))
+            assert torch.equal(x, got(world - 1, 0).to(dtype))
 
         sizes = [[(a * b * 700) // (1 + a + b) for b in range(world)] for a in range(world)]  # rank 0 sends nothing
         parts = [[value(a, sizes[a][b], dtype, salt=b) for b in range(world)] for a in range(world)]

@@ -10,7 +10,7 @@ import pytest
 import ranks
 
 FILE = str(Path(__file__).with_name("compiled_programs.py"))
-PROGRAMS = ["user_function", "tensor_parallel", "sharded_training", "ddp_under_compiled_autograd"]
+PROGRAMS = ["user_function", "in_pieces", "tensor_parallel", "sharded_training", "ddp_under_compiled_autograd"]
 PROGRAMS += ["ranks_that_decide_differently"]
 
 

@@ -72,3 +72,16 @@ def test_inf_reaches_the_parameters(measured: list[dict[str, Any]]) -> None:
 
 def test_a_module_that_is_not_sharded_is_refused(measured: list[dict[str, Any]]) -> None:
     assert measured[0]["nothing sharded"].startswith("Sequential has no module sharded by FSDP2.")
+
+
+def test_a_resumed_run_continues_bit_for_bit(measured: list[dict[str, Any]]) -> None:
+    """Compression keeps nothing from step to step: the model's and the optimizer's state are all there is to save."""
+    assert all(rank["resumed"] == [True, True] for rank in measured)
+
+
+def test_what_a_link_declines_is_sent_in_full(measured: list[dict[str, Any]]) -> None:
+    assert all(rank["declined"] and rank["declined: ratio"] == 1 for rank in measured)
+
+
+def test_error_feedback_is_refused(measured: list[dict[str, Any]]) -> None:
+    assert measured[0]["feedback"].startswith("FSDP2 has no error feedback")

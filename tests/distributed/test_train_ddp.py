@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_ddp.py"
+from distributed.torchrun import torchrun
+
 ROW = re.compile(r"(\w+(?: \+ \w+)?) +([\d.]+) +([\d.]+) +([+-][\d.]+) % +([\d.]+) +([\d.]+)")
 
 
 def trained(*options: str, **environment: str) -> dict[str, list[float]]:
     """What gradients travelled as -> loss before and after, change in %, MB a step, ms a step."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]
-    ran = subprocess.run([*command, *options], capture_output=True, text=True, env=os.environ | environment)
-    assert ran.returncode == 0, ran.stderr
-    print(ran.stdout)
-    return {name: [float(figure) for figure in figures] for name, *figures in ROW.findall(ran.stdout)}
+    rows = ROW.findall(torchrun("train_ddp", *options, **environment))
+    return {name: [float(figure) for figure in figures] for name, *figures in rows}
 
 
 def test_a_few_steps() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = ("inspect_a_transformer", "find_the_costly_layer")
+NAMES = ("inspect_a_transformer", "find_the_costly_layer", "watch_a_collective")
 
 
 def run(name: str) -> tuple[Any, Any]:

@@ -19,7 +19,8 @@ from qpass.stages import convert_graph
 aten = torch.ops.aten
 record_module: Any = sys.modules["qpass.inspect.record"]  # `qpass.inspect.record` is the function
 CONVERT = [
-    "remove_modes", "fold_batch_norm", "lower_observers", "cast_compute_dtype", "expand_attention", "fold_constants",
+    "remove_modes", "fold_batch_norm", "lower_observers", "cast_compute_dtype", "expand_attention", "hoist_casts",
+    "fold_constants",
 ]  # fmt: skip
 
 
@@ -143,5 +144,6 @@ def test_the_backend_is_recorded_too(prepared: fx.GraphModule) -> None:
     quantized = qpass.convert(prepared)
     with qpass.record() as passes, torch.no_grad():
         torch.compile(quantized, backend="qpass")(torch.randn(2, 2, 4, 4))
-    assert [found.name for found in passes] == ["carry_codes", "merge_siblings", "lower_islands", "fold_constants"]
+    names = ["lower_collectives", "carry_codes", "merge_siblings", "lower_islands", "fold_constants"]
+    assert [found.name for found in passes] == names
     assert {found.stage for found in passes} == {"lowered"}

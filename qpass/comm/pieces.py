@@ -1,0 +1,95 @@
+"""A collective of a graph in pieces: each is coded while others are on the wire, as the eager schedules do it.
+
+    send_pieces(x, form, parts, pieces, world, group)          -> what each piece will have received, not waited for
+    receive_pieces(received, numel, dtype, form, divisor)      -> the sum over ranks [numel], or with divisor 0 the
+                                                                  values of all ranks, one behind the other
+
+``parts`` is 1 where every rank gets the same (an all_gather), else the ranks (an all_to_all of equal parts). A piece is
+some of the rows of every part, so codes, scales and values are those of the whole tensor sent at once, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from qpass.comm.schedule import CHUNK, CHUNKS
+from qpass.ops.comm import decode_into, decode_reduce_into, encode_into
+from qpass.ops.wire_format import WireFormat, parse
+
+_library = torch.library.Library("qpass", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library.define(
+    "send_pieces(Tensor x, str form, int parts, int pieces, int world, str group) -> Tensor[]", tags=_TAGS
+)
+_library.define(
+    "receive_pieces(Tensor[] received, int numel, ScalarType dtype, str form, int world, int divisor) -> Tensor",
+    tags=_TAGS,
+)
+
+
+def pieces_of(numel: int, wire: WireFormat) -> int:
+    """How many pieces a part of ``numel`` elements is sent in: as many as the eager schedules make of it."""
+    return sum(1 for _ in _elements(numel, max(1, min(CHUNKS, numel // CHUNK)), wire))
+
+
+def send_pieces(x: Tensor, form: str, parts: int, pieces: int, world: int, group: str) -> list[Tensor]:
+    """Code piece after piece and start its transfer; ``x`` may be overwritten as soon as this returns."""
+    wire, functional = parse(form), torch.ops._c10d_functional
+    sources = x.detach().reshape(parts, -1)
+    received = []
+    for part in _elements(sources.shape[1], pieces, wire):
+        size = wire.payload_bytes(len(part))
+        payload = torch.empty(parts * size, dtype=torch.uint8, device=x.device)
+        for source, own in zip(sources, payload.view(parts, size), strict=True):
+            encode_into(source[part.start : part.stop], own, wire)
+        if parts == 1:
+            received.append(functional.all_gather_into_tensor(payload, world, group))
+        else:
+            received.append(functional.all_to_all_single(payload, [size] * world, [size] * world, group))
+    return received
+
+
+def receive_pieces(
+    received: Sequence[Tensor], numel: int, dtype: torch.dtype, form: str, world: int, divisor: int
+) -> Tensor:
+    """Wait for one piece after the other, and decode it while the next is on its way."""
+    wire = parse(form)
+    out = torch.empty(numel, dtype=dtype, device=received[0].device)
+    targets = out.view(1 if divisor else world, -1)
+    for part, piece in zip(_elements(targets.shape[1], len(received), wire), received, strict=True):
+        payloads = torch.ops._c10d_functional.wait_tensor(piece).view(world, -1)
+        if divisor:
+            decode_reduce_into(payloads, out[part.start : part.stop], wire, divisor)
+            continue
+        for payload, target in zip(payloads, targets, strict=True):
+            decode_into(payload, target[part.start : part.stop], wire)
+    return out
+
+
+def _elements(numel: int, pieces: int, wire: WireFormat) -> Iterator[range]:
+    """The element ranges of the pieces of a part, each but the last a whole number of rows."""
+    step = wire.row * -(-numel // (pieces * wire.row))
+    return (range(start, min(start + step, numel)) for start in range(0, numel, step))
+
+
+@torch.library.register_fake("qpass::send_pieces", lib=_library)
+def _send_meta(x: Tensor, form: str, parts: int, pieces: int, world: int, group: str) -> list[Tensor]:
+    wire = parse(form)
+    sizes = (wire.payload_bytes(len(part)) for part in _elements(x.numel() // parts, pieces, wire))
+    return [x.new_empty(world * size, dtype=torch.uint8) for size in sizes]
+
+
+@torch.library.register_fake("qpass::receive_pieces", lib=_library)
+def _receive_meta(
+    received: Sequence[Tensor], numel: int, dtype: torch.dtype, form: str, world: int, divisor: int
+) -> Tensor:
+    return received[0].new_empty(numel, dtype=dtype)
+
+
+for _name, _function in (("send_pieces", send_pieces), ("receive_pieces", receive_pieces)):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+
+SEND, RECEIVE = torch.ops.qpass.send_pieces.default, torch.ops.qpass.receive_pieces.default
