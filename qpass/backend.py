@@ -65,12 +65,13 @@ class Backend:
             log.info("compute is left in floating point")
             if self.comm is None:
                 return compile_plain(gm, example_inputs, (), dict(self.inductor))
-            communication = self._communication(self.comm, training)
-            remember(None, _parameters(example_inputs), communication)
+            communication = self._communication(gm, self.comm, training)
             patches = {**EXACT, **dict(self.inductor)}
-            return communication.compiled(
+            call = communication.compiled(
                 lambda inner: compile_plain(gm, example_inputs, [communication.step], patches, inner)
             )
+            remember(None, _parameters(example_inputs), communication)
+            return call
         captured = from_dynamo(gm, example_inputs)
         normalize(captured.graph_module)
         lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
@@ -81,22 +82,23 @@ class Backend:
         if self.comm is None:
             remember(lowered, weights)
             return compile_lowered(lowered, example_inputs, **options)
-        communication = self._communication(self.comm, training)
-        remember(lowered, weights, communication)
-        return communication.compiled(
+        communication = self._communication(gm, self.comm, training)
+        call = communication.compiled(
             lambda inner: compile_lowered(
                 lowered, example_inputs, post_grad=[communication.step], inner=inner, **options
             )
         )
+        remember(lowered, weights, communication)
+        return call
 
     def _leave_in_float(self, why: str) -> None:
         if self.strict:
             raise StrictError(why, hint="give comm and no config, or compile without strict=True")
         warnings.warn(f"qpass left a compiled graph in float: {why}", stacklevel=3)
 
-    def _communication(self, comm: Policy, training: bool) -> Communication:
+    def _communication(self, gm: fx.GraphModule, comm: Policy, training: bool) -> Communication:
         backward = torch._dynamo.compiled_autograd.in_compiled_autograd_region
-        return Communication(comm, self.strict, backward, training)
+        return Communication(gm, comm, self.strict, backward, training)
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
         if _has_qdq(graph):

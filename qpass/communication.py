@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import fx
+
 from qpass.comm.agreement import agree_on_plan, debug
 from qpass.comm.group import group_of, process_group
 from qpass.comm.policy import Policy
-from qpass.compress import CompressCollectives
+from qpass.compress import CompressCollectives, places_of
 from qpass.decisions import GraphDecisions, take, unmatched
 
 log = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ NONE = """comm was asked for, and a compiled graph has no collective
 
 
 class Communication:
-    """The decisions of one compilation, as its graphs become known: at once, but for a backward that is compiled later.
+    """The decisions of compiling ``gm``, as its graphs become known: at once, but for a backward compiled later.
 
     Each is a line of the log. What the policy wants and the rules decline is a warning; so are overrides that match
     nothing, and, once all graphs are known, that none of them has a collective. With `qpass.comm.debug` the ranks
@@ -31,8 +33,10 @@ class Communication:
         graphs: the decisions, graph by graph.
     """
 
-    def __init__(self, policy: Policy, strict: bool = False, backward: bool = False, training: bool = False) -> None:
-        self.step = CompressCollectives(policy, strict, backward)
+    def __init__(
+        self, gm: fx.GraphModule, policy: Policy, strict: bool = False, backward: bool = False, training: bool = False
+    ) -> None:
+        self.step = CompressCollectives(policy, strict, backward, places_of(gm))
         self.graphs: list[GraphDecisions] = []
         self._remaining = 1 + training
         self._backward = backward

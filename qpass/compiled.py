@@ -61,19 +61,23 @@ def remember(
 
 
 def compilations(program: torch.nn.Module | Callable[..., Any]) -> list[Compiled]:
-    """What was compiled for a model: whatever reads one of its tensors; for a function also what comes from its code.
+    """What was compiled for a model or a function: what reads one of its tensors, and what comes from its code.
 
-    The models of a function are those that it closes over, and those among the globals that it names.
+    The models of a function are those that it closes over, and those among the globals that it names. What reads
+    weights was not compiled for a model without them, whatever its code.
     """
-    modules, code = [program], None
-    if not isinstance(program, torch.nn.Module):
-        function = inspect.unwrap(program)
-        code = getattr(function, "__code__", None)
+    is_model = isinstance(program, torch.nn.Module)
+    function: Any = type(program).forward if isinstance(program, torch.nn.Module) else inspect.unwrap(program)
+    code, held = getattr(function, "__code__", None), [program]
+    if not is_model:
         names = inspect.getclosurevars(function) if inspect.isfunction(function) else None
-        modules = [*names.nonlocals.values(), *names.globals.values()] if names else []
-    held = [module for module in modules if isinstance(module, torch.nn.Module)]
-    tensors = {id(tensor) for module in held for tensor in [*module.parameters(), *module.buffers()]}
-    return [one for one in _COMPILED if one.reads(tensors) or (code is not None and one.is_part_of(code))]
+        held = [*names.nonlocals.values(), *names.globals.values()] if names else []
+    modules = [module for module in held if isinstance(module, torch.nn.Module)]
+    tensors = {id(tensor) for module in modules for tensor in [*module.parameters(), *module.buffers()]}
+    return [
+        one for one in _COMPILED
+        if one.reads(tensors) or (code is not None and not (is_model and one.weights) and one.is_part_of(code))
+    ]  # fmt: skip
 
 
 def compiled_graphs(model: torch.nn.Module) -> list[fx.GraphModule]:

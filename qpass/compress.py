@@ -7,6 +7,7 @@ and what follows from it (:mod:`qpass.passes.lower_collectives`) are passes of t
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from qpass.comm.policy import Policy, policy
 from qpass.decisions import GraphDecisions, keep
 from qpass.errors import ConfigError, StrictError
 from qpass.graph.record import NodeRecord, record_of
-from qpass.graph.source import where
+from qpass.graph.source import module_stack, where
 from qpass.passes.expand_codecs import ExpandCodecs
 from qpass.passes.frame import Pass
 from qpass.passes.insert_codecs import InsertCodecs, seen_in
@@ -86,13 +87,15 @@ def collectives(gm: fx.GraphModule) -> list[NodeRecord]:
 class CompressCollectives(CustomGraphPass):
     """:func:`compress` in Inductor, for each graph of a compilation; the decisions are kept with the compiled graph.
 
-    ``backward`` is set to what the next graph is.
+    ``backward`` is set to what the next graph is. ``places`` stands for the modules of the program (`places_of`), which
+    a policy may name and Inductor's key leaves out.
     """
 
-    def __init__(self, comm: Policy, strict: bool = False, backward: bool = False) -> None:
+    def __init__(self, comm: Policy, strict: bool = False, backward: bool = False, places: str = "") -> None:
         self.policy = comm
         self.strict = strict
         self.backward = backward
+        self.places = places
 
     def __call__(self, graph: fx.Graph) -> None:
         from torch._inductor.pattern_matcher import stable_topological_sort  # takes a second to import
@@ -106,9 +109,15 @@ class CompressCollectives(CustomGraphPass):
         keep(GraphDecisions(self.backward, tuple(collectives(gm)), overrides))
 
     def uuid(self) -> str:
-        """What a cached graph depends on: this policy, the groups as they are now, torch, and every source of qpass."""
-        settings = (self.policy, self.strict, self.backward, groups(), torch.__version__)
+        """What a cached graph depends on: policy, modules, the groups as they are now, torch, every source of qpass."""
+        settings = (self.policy, self.strict, self.backward, self.places, groups(), torch.__version__)
         return repr((*settings, get_hash_for_files(tuple(_sources()))))
+
+
+def places_of(gm: fx.GraphModule) -> str:
+    """A digest of the modules around each node of a graph: two programs may differ in nothing else."""
+    paths = [[path for path, _ in module_stack(node)] for node in gm.graph.nodes]
+    return hashlib.sha256(repr(paths).encode()).hexdigest()
 
 
 def refuse_unmatched(overrides: Iterable[tuple[str, bool, str]]) -> None:

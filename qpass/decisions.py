@@ -3,7 +3,8 @@
 A cached graph is served without any pass running again, so decisions that a pass only tells would be lost. Inductor
 stores with every compiled graph by how much each of its counters rose meanwhile, and raises them again whenever the
 graph is served, by whichever of its caches: the FX graph cache, AOTAutograd's, a remote one. So decisions travel as
-the name of a counter. They are as old as the code that they describe, and gone when it is.
+the name of a counter. They are as old as the code that they describe, and gone when it is; lines of the user's source
+are as they were then.
 """
 
 from __future__ import annotations

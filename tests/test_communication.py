@@ -78,15 +78,15 @@ def step(policy: Policy, caches: bool = True) -> tuple[Any, list[str]]:
 
 
 def test_a_cache_that_serves_the_graphs_serves_their_decisions() -> None:
-    policy = PLAIN.override("int8", backward=True, min_bytes=0).keep_plain(module="haed")
+    policy = PLAIN.override("bf16", backward=True, min_bytes=0).keep_plain(module="haed")
     counters.clear()
     report, warned = step(policy)
     told = [(row.collective, row.direction, row.module, row.sent_as, row.reason) for row in report.transfers]
     small = "bytes are fewer than the policy's min_bytes of 1,099,511,627,776"
     assert told == [
-        ("all_reduce", "forward", "", "", f"4,096 {small}"),
+        ("all_reduce", "forward", "", "", f"2,048 {small}"),
         ("all_gather", "forward", "head", "", f"10,240 {small}"),
-        ("reduce_scatter", "backward", "head", "all_to_all of int8:128:bf16, summed", "10,240 -> 2,600 bytes"),
+        ("reduce_scatter", "backward", "head", "all_to_all of bf16, summed", "10,240 -> 5,120 bytes"),
     ]
     (note,) = report.notes
     assert note == "override 1 (module='haed') of comm matches no collective (did you mean 'head'?)"
@@ -191,6 +191,40 @@ def test_20_mutations_and_no_stale_graph(monkeypatch: pytest.MonkeyPatch, tmp_pa
     source.write_text("1")
     get_hash_for_files.cache_clear()
     assert misses(PLAIN) == 0
+
+
+class Named(nn.Module):
+    """Sums over the ranks, in a module of a name that is given."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.add_module(name, Summed())
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_submodule(self.name)(x)
+
+
+class Summed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return funcol.all_reduce(x * self.scale, "sum", dist.group.WORLD)
+
+
+def test_programs_that_differ_in_the_names_of_modules_alone() -> None:
+    policy = PLAIN.keep_plain(module="head", min_bytes=0)
+    for name, reason in (("head", "leaves it plain"), ("tail", "are fewer than the policy's min_bytes")):
+        torch._dynamo.reset()
+        model = Named(name)
+        compiled = torch.compile(model, backend="qpass", options={"comm": policy})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled(torch.ones(8))
+        (row,) = qpass.report(compiled).transfers
+        assert (row.module, reason in row.reason) == (name, True)
 
 
 @pytest.mark.parametrize("strict", [False, True])

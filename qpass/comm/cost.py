@@ -167,14 +167,19 @@ def decide(collective: str, numel: int, dtype: torch.dtype, world_size: int, cod
         link.decode,
         link.overhead,
     )
-    plain, compressed, size = (float(value) for value in _compiled(collective)(numel, *values))
-    gains = _slope(collective)(1, *values) > 0  # with every element; below, compression saves messages at best
+    plain, compressed = (float(value) for value in _compiled(collective)(numel, *values))
+    pays = compressed <= GAIN * plain
+    slope = _slope(collective)(1, *values)
+    gains = slope > 0  # with every element; below, compression saves messages at best
+    fixed = [float(value) for value in _compiled(collective)(0, *values)]  # seconds that no element costs
+    size = (fixed[1] - GAIN * fixed[0]) / slope if slope else 0.0  # `break_even`, which has no value without a slope
     least = max(1, math.ceil(size)) if gains else None
-    if gains:
+    if not slope:
+        when = "pays at any size" if pays else "never pays on this link"
+    elif gains:
         when = f"pays from {least:,} elements on" if size > 0 else "pays at any size"
     else:
         when = f"pays below {math.ceil(size):,} elements only" if size > 0 else "never pays on this link"
-    pays = compressed <= GAIN * plain
     reason = (
         f"{collective} of {numel:,} {_name(dtype)} over {world_size} ranks is sent "
         f"{'as ' + str(codec) if pays else 'plain'}: {_time(compressed)} compressed, {_time(plain)} plain; "
@@ -185,11 +190,10 @@ def decide(collective: str, numel: int, dtype: torch.dtype, world_size: int, cod
 
 @cache
 def _compiled(collective: str) -> Callable[..., Any]:
-    """`seconds` and `break_even` as one function of the symbols in their order."""
+    """`seconds` as one function of the symbols in their order."""
     import sympy
 
-    order = list(symbols().values())
-    return sympy.lambdify(order, [*seconds(collective), break_even(collective)], "math")
+    return sympy.lambdify(list(symbols().values()), list(seconds(collective)), "math")
 
 
 @cache

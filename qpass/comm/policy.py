@@ -90,7 +90,8 @@ class Policy:
     def resolve(self, place: Place, numel: int | torch.SymInt | None, dtype: torch.dtype) -> Policy | Decision:
         """What holds for one collective: a policy without overrides, or, where one of them keeps it plain, a decision.
 
-        ``numel`` are the elements of the whole tensor, as for `decide`.
+        ``numel`` are the elements of the whole tensor, as for `decide`; None stands for a size that no rank can know of
+        all, and is taken for a large one.
         """
         for index, override in enumerate(self.overrides):
             least = self.min_bytes if override.min_bytes is None else override.min_bytes

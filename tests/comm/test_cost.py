@@ -117,3 +117,12 @@ def test_errors() -> None:
         Link(0.0, 0.0, 1.0, 1.0)
     with pytest.raises(ConfigError, match="latency must be at least 0"):
         Link(1.0, -1.0, 1.0, 1.0)
+
+
+def test_a_payload_that_saves_no_more_than_the_margin_has_no_break_even() -> None:
+    """40 float16 are 80 bytes, and 72 as int4: nine tenths, which is what it may take. The two lines are parallel."""
+    codec = qpass.comm.codec("int4")
+    assert codec.payload_bytes(40) == 72
+    decision = decide("all_gather", 40, torch.float16, 2, codec, Link(1.0, 0.0, 1e30, 1e30))
+    assert math.isclose(decision.compressed, GAIN * decision.plain)
+    assert ("pays at any size" if decision else "never pays") in decision.reason

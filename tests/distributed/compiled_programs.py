@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from qpass import comm
+from qpass.errors import AgreementError
 from ranks import everywhere
 from watched import ALL, INT8, Watch, rounded, value
 
@@ -161,6 +164,47 @@ def ddp_under_compiled_autograd(rank: int, world: int) -> None:
     assert (error <= bound + 1e-4).all()  # float32 sums of 8 products in another order
     assert error.max() > 1e-4  # it did travel as int8
     assert all(torch.equal(other, everywhere(found)[0]) for other in everywhere(found))
+
+
+def ranks_that_decide_differently(rank: int, world: int) -> None:
+    """In debug mode different options are an error on every rank before a byte is sent, at every call."""
+    model = nn.Linear(64, 40, bias=False)
+
+    def loss(x: Tensor) -> Tensor:
+        shard = model.weight.view(32, 80) * 2
+        return (x @ funcol.all_gather_tensor_autograd(shard, 0, dist.group.WORLD)).square().sum()
+
+    def compiled(policy: comm.Policy) -> Any:
+        torch._dynamo.reset()
+        return torch.compile(loss, backend="qpass", options={"comm": policy})
+
+    x, same = value(rank, 8, 64), comm.Policy("int8", min_bytes=0)
+    comm.debug(True)
+    try:
+        step = compiled(comm.Policy(("int8", "int4")[rank], min_bytes=0))
+        for _ in range(2):
+            with pytest.raises(AgreementError) as raised:
+                step(x)
+            said = str(raised.value)
+            assert "The ranks have compiled different plans" in said
+            assert "collective 0: rank 0 has 'all_gather: all_gather of int8:128:bf16: " in said
+            assert "rank 1 has 'all_gather: all_gather of int4:32:bf16: " in said
+        late = compiled(same.override((None, "int4")[rank], backward=True))(x)  # the gather is the same on both
+        with pytest.raises(AgreementError, match="reduce_scatter: sent plain: override 0 of the policy"):
+            late.backward()
+        if rank == 0:  # one compiles, the other calls something else
+            with pytest.raises(AgreementError, match="rank 0 has 'compiled graph', rank 1 has 'all_reduce'"):
+                compiled(comm.Policy("int6", min_bytes=0))(x)
+        else:
+            with pytest.raises(AgreementError, match="rank 0 has 'compiled graph', rank 1 has 'all_reduce'"):
+                comm.all_reduce(torch.ones(10))
+        step = compiled(same)
+        step(x).backward()
+        agreements = comm.group.group_of(None).agreements
+        step(x).backward()
+        assert comm.group.group_of(None).agreements == agreements  # before the first step only
+    finally:
+        comm.debug(False)
 
 
 def many_ranks(rank: int, world: int) -> None:

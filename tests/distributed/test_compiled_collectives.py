@@ -11,6 +11,7 @@ import ranks
 
 FILE = str(Path(__file__).with_name("compiled_programs.py"))
 PROGRAMS = ["user_function", "in_pieces", "tensor_parallel", "sharded_training", "ddp_under_compiled_autograd"]
+PROGRAMS += ["ranks_that_decide_differently"]
 
 
 @functools.cache
