@@ -39,15 +39,15 @@ from qpass.rewrite.collective import KINDS, is_other_collective
 
 def compress(
     gm: fx.GraphModule, comm: str | Codec | Policy | Mapping[str, Any], *, backward: bool = False,
-    strict: bool = False, expand: bool = False, seen: Seen | None = None,
+    strict: bool = False, inductor: bool = False, seen: Seen | None = None,
 ) -> fx.GraphModule:  # fmt: skip
     """Compress the functional collectives of ``gm``, in place, and return it; `collectives` tells what became of each.
 
     Nodes need ``meta["val"]``, as ``make_fx`` and ``torch.export`` leave it. ``backward`` says which of the two graphs
-    of a training step this is. ``expand`` makes the graph ready for Inductor: large transfers go in pieces, and all
-    other codecs are written out in ATen, to be fused with what stands around them; without it the graph calls
-    ``qpass::encode``, ``decode`` and ``decode_reduce``. For a policy that is meant for other graphs, too,
-    ``seen`` is what `seen_in` found in this one: then an override may match nothing.
+    of a training step this is. ``inductor`` makes the graph ready for Inductor: large transfers go in pieces, and where
+    the policy says ``fuse``, all other codecs are written out in ATen; without it the graph calls ``qpass::encode``,
+    ``decode`` and ``decode_reduce``. For a policy that is meant for other graphs, too, ``seen`` is what `seen_in`
+    found in this one: then an override may match nothing.
 
     Raises:
         ConfigError: an override of the policy matches no collective; ``gm`` is as it was.
@@ -59,8 +59,10 @@ def compress(
     # What others rounded or cast is sent narrow first, so that nothing is rounded twice on its way.
     steps: list[Pass] = [LowerCollectives(), InsertCodecs(wanted, backward), LowerCollectives()]
     watching = watch(gm, "lowered")
-    if expand:
-        steps += [*([] if _inductor_schedules() else [SplitTransfers()]), ExpandCodecs()]
+    if inductor and not _inductor_schedules():
+        steps.append(SplitTransfers())
+    if inductor and wanted.fuse:
+        steps.append(ExpandCodecs())
     for step in steps:
         start = time.perf_counter()
         changes = step.run(gm)
@@ -104,7 +106,7 @@ class CompressCollectives(CustomGraphPass):
         assert gm is not None
         stable_topological_sort(graph)  # Inductor's fusion of DDP's collectives leaves that to what comes after
         seen = seen_in(gm, self.policy, self.backward)
-        compress(gm, self.policy, backward=self.backward, strict=self.strict, expand=True, seen=seen)
+        compress(gm, self.policy, backward=self.backward, strict=self.strict, inductor=True, seen=seen)
         overrides = tuple(seen.looked_for(self.policy.overrides))
         keep(GraphDecisions(self.backward, tuple(collectives(gm)), overrides))
 

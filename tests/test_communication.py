@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import get_hash_for_files
-from torch._inductor.utils import fresh_cache
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
@@ -127,6 +127,17 @@ def test_what_is_missed_is_said_again_too() -> None:
     torch._dynamo.reset()
     with pytest.raises(BackendCompilerFailed, match="wanted compressed and are not: 1"):
         torch.compile(Sharded(), backend="qpass", options={"comm": policy, "strict": True})(torch.randn(8, 64))
+
+
+def test_codecs_are_calls_unless_the_policy_has_them_fused() -> None:
+    model, x = Sharded().requires_grad_(False), torch.randn(8, 64)
+    for fuse in (False, True):
+        torch._dynamo.reset()
+        comm = Policy("int8", kinds="all_gather", min_bytes=0, fuse=fuse)
+        with torch._inductor.config.patch(force_disable_caches=True):
+            _, (code,) = run_and_get_code(torch.compile(model, backend="qpass", options={"comm": comm}), x)
+        for name in ("encode", "decode"):
+            assert (f"torch.ops.qpass.{name}.default(" in code) is not fuse
 
 
 def test_where_no_graph_has_a_collective_the_hooks_are_named() -> None:

@@ -47,6 +47,9 @@ class Policy:
             A size that is not known when a graph is compiled, or differs by rank, is taken for a large one.
         overrides: exceptions, the first that matches wins, whatever `kinds` says; add them with `override` and
             `keep_plain`.
+        fuse: write codecs out in compiled graphs, for Inductor to fuse with what stands around them. That saves a pass
+            over the tensor where a neighbour is elementwise, and makes Inductor compile each anew: a training step
+            takes two to three times as long to compile. Otherwise graphs call kernels that were compiled once.
 
     Raises:
         ConfigError: no such codec or kind, or a stochastic codec.
@@ -57,6 +60,7 @@ class Policy:
     min_bytes: int = MIN_BYTES
     link: Link | None = None
     overrides: tuple[Override, ...] = ()
+    fuse: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "codec", codec(self.codec))

@@ -98,6 +98,6 @@ def test_only_a_compiled_graph_is_split_and_only_where_inductor_leaves_collectiv
         return len(gm.graph.find_nodes(op="call_function", target=pieces.SEND))
 
     assert sends(compressed(send.all_reduce)) == 0
-    assert sends(compressed(send.all_reduce, expand=True)) == 1
+    assert sends(compressed(send.all_reduce, inductor=True)) == 1
     with torch._inductor.config.patch(bucket_all_gathers_fx="all"):
-        assert sends(compressed(send.all_reduce, expand=True)) == 0
+        assert sends(compressed(send.all_reduce, inductor=True)) == 0
