@@ -1,8 +1,8 @@
 """A collective of a graph in pieces: each is coded while others are on the wire, as the eager schedules do it.
 
-    send_pieces(x, form, parts, pieces, world, group)          -> what each piece will have received, not waited for
-    receive_pieces(received, numel, dtype, form, divisor)      -> the sum over ranks [numel], or with divisor 0 the
-                                                                  values of all ranks, one behind the other
+    send_pieces(x, form, parts, pieces, world, group)            -> what each piece will have received, not waited for
+    receive_pieces(received, numel, dtype, form, world, divisor) -> the sum over ranks [numel], or with divisor 0 the
+                                                                    values of all ranks, one behind the other
 
 ``parts`` is 1 where every rank gets the same (an all_gather), else the ranks (an all_to_all of equal parts). A piece is
 some of the rows of every part, so codes, scales and values are those of the whole tensor sent at once, bit for bit.

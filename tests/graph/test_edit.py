@@ -23,6 +23,7 @@ from qpass.graph.edit import (
     refresh_val,
     set_constant,
 )
+from qpass.graph.module import Draft
 from road import Do
 
 aten = torch.ops.aten
@@ -93,6 +94,28 @@ def test_a_val_is_computed_again_when_an_input_changed() -> None:
     assert relu.meta["val"].dtype == torch.float32
     refresh_val(relu)
     assert relu.meta["val"].dtype == torch.bfloat16
+
+
+def test_calls_of_one_form_share_a_result_and_no_others_do() -> None:
+    gm = captured()
+    relu = node_of(gm, "relu")
+    linear: fx.Node = relu.args[0]  # type: ignore[assignment]
+    assert fake_call(relu, 1, call=aten.mul.Tensor) is fake_call(linear, 1, call=aten.mul.Tensor)
+    codes = Editor(gm).call(aten.to.dtype, relu, torch.int8, like=relu, after=relu)
+    dtypes = [fake_call(codes, factor, call=aten.mul.Tensor).dtype for factor in (1, 1.0, True)]
+    assert dtypes == [torch.int8, torch.float32, torch.int8]
+    assert fake_call(relu, 0, 1, call=aten.transpose.int).shape != fake_call(relu, 0, 0, call=aten.transpose.int).shape
+    counts = [fake_call(x, call=aten.nonzero.default).shape[0] for x in (relu, linear)]
+    assert counts[0].node.expr != counts[1].node.expr  # as many as the values say, which nobody knows to be equal
+    assert fake_call(relu, call=aten.relu_.default) is relu.meta["val"]
+
+
+def test_a_copy_that_is_still_changed_has_no_code_until_it_is_rebuilt() -> None:
+    gm, x = captured(), torch.randn(3, 4)
+    draft = copy_graph_module(gm, Draft)
+    with pytest.raises(NotImplementedError):
+        draft(x)
+    assert torch.equal(rebuild(draft)(x), gm(x))
 
 
 def test_constants_are_buffers_at_dotted_names() -> None:
