@@ -18,7 +18,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qpass.capture_dynamo import DynamoCapture
-from qpass.graph.edit import copy_graph_module, fake_mode_of, get_constant
+from qpass.graph.edit import copy_graph_module, get_constant
+from qpass.graph.fake import fake_mode_of
 from qpass.graph.misdescribed import spell_out
 from qpass.graph.regions import operands_of, regions
 from qpass.opaque import hide

@@ -10,7 +10,7 @@ import operator
 
 from torch import fx
 
-from qpass.graph.edit import fake_call, refresh_val
+from qpass.graph.fake import fake_call, refresh_val
 from qpass.graph.regions import regions
 from qpass.ops import graph_ops
 from qpass.ops.decompositions import table

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from qpass.graph.alias import Memory, aliased_inputs, all_arguments, arguments, storages, written_inputs
-from qpass.graph.edit import fake_call, get_constant, rebuild
+from qpass.graph.edit import get_constant, rebuild
+from qpass.graph.fake import fake_call
 from qpass.graph.regions import Types, inline_set_grad, regions, sink_constants
 from qpass.modes import DROPOUT
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpass.graph.edit import Editor, refresh_val
+from qpass.graph.edit import Editor
+from qpass.graph.fake import refresh_val
 from qpass.passes.annotate import ISLAND
 from qpass.passes.assign_compute_dtype import AS_IT_COMES, COMPUTE_DTYPE
 from qpass.passes.frame import Pass

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qpass.graph.edit import Editor, fake_mode_of
+from qpass.graph.edit import Editor
+from qpass.graph.fake import fake_mode_of
 from qpass.ops.comm import FORMULAS
 from qpass.passes.frame import Pass
 

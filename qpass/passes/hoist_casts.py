@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from qpass.graph.edit import Editor, refresh_val
+from qpass.graph.edit import Editor
+from qpass.graph.fake import refresh_val
 from qpass.passes.frame import Pass
 from qpass.rewrite.qdq import cast_of
 from qpass.rewrite.views import MOVES

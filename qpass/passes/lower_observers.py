@@ -12,7 +12,8 @@ from torch import fx
 from qpass.blocks import BLOCK
 from qpass.errors import CalibrationError
 from qpass.graph.constants import Constants, Derived, derived_constants, expression
-from qpass.graph.edit import Editor, fake_call, free_name
+from qpass.graph.edit import Editor, free_name
+from qpass.graph.fake import fake_call
 from qpass.graph.source import where
 from qpass.numerics import quantize_weight
 from qpass.ops import graph_ops as ops

@@ -135,7 +135,8 @@ def test_the_codes_run_on_the_kernels(name: str) -> None:
     report = qpass.report(quantized)
     assert not any(isinstance(module, ByMode) for module in quantized.modules())
     compare_kernels(quantized, torch.randn(shape))
-    float_model = qpass.prepare(copy.deepcopy(model).eval(), (torch.randn(shape),), config="int8_static")
+    float32 = qpass.presets.int8_static(compute_dtype=None)  # as in training: a kernel that casts has another name
+    float_model = qpass.prepare(copy.deepcopy(model).eval(), (torch.randn(shape),), config=float32)
     float_model(torch.randn(shape))
     plain = qpass.convert(float_model)
     assert kernel_names(qpass.lower(quantized)) == kernel_names(qpass.lower(plain))  # training hides no fusion

@@ -14,15 +14,13 @@ from qpass.graph.edit import (
     Editor,
     copy_graph_module,
     erase_dead,
-    fake_call,
-    fake_mode_of,
     free_name,
     get_constant,
     owner_of,
     rebuild,
-    refresh_val,
     set_constant,
 )
+from qpass.graph.fake import fake_call, fake_mode_of, refresh_val
 from qpass.graph.module import Draft
 from road import Do
 

@@ -1,0 +1,90 @@
+"""What nodes would compute, without computing it: ``meta["val"]``, fake values whose sizes stay symbolic."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_flatten
+
+
+def fake_call(*args: Any, call: Callable[..., Any], **kwargs: Any) -> Any:
+    """The fake result of ``call`` on the fake values of its arguments, or None where a node has none.
+
+    Calls that differ in nothing but in which nodes they read share one result, as those of equal layers do.
+    """
+    leaves, form = tree_flatten((args, kwargs))
+    nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+    mode = fake_mode_of(nodes[0].graph) if nodes else None
+    if mode is None or any("val" not in node.meta for node in nodes):
+        return None
+    known: dict[Any, Any] = nodes[0].graph.__dict__.setdefault("_qpass_fake_results", {})
+    key = (call, form, tuple(map(_described, leaves))) if _is_function_of_forms(call) else None
+    try:
+        if key in known:
+            return known[key]
+    except TypeError:  # an argument that has no hash
+        key = None
+    args, kwargs = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+    # some operators take symbolic sizes in their Python form only
+    by_python = enable_python_dispatcher() if mode.shape_env is not None else contextlib.nullcontext()
+    with mode, by_python, torch.no_grad():
+        result = call(*args, **kwargs)
+    if key is not None and isinstance(result, torch.Tensor):
+        known[key] = result
+    return result
+
+
+def _is_function_of_forms(call: Callable[..., Any]) -> bool:
+    """Whether sizes and dtypes of a result follow from those of the arguments, and it is no argument itself."""
+    if not isinstance(call, torch._ops.OpOverload):
+        return False
+    of_values = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+    return not call._schema.is_mutable and not any(tag in call.tags for tag in of_values)
+
+
+def _described(leaf: Any) -> Any:
+    """All of an argument that the form of a result may depend on."""
+    val = leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf
+    if isinstance(val, torch.Tensor) and val.layout == torch.strided:
+        sizes = tuple(size if isinstance(size, int) else size.node.expr for size in (*val.shape, *val.stride()))
+        return (val.dtype, val.device, len(val.shape), sizes)
+    if isinstance(val, torch.Tensor):
+        return id(val)
+    return (type(val), val.node.expr if isinstance(val, torch.SymInt) else val)
+
+
+def refresh_val(node: fx.Node) -> None:
+    """Compute ``meta["val"]`` of an operator node again, after one of its inputs changed."""
+    val = fake_call(*node.args, call=node.target, **node.kwargs)  # type: ignore[arg-type]
+    if val is not None:
+        node.meta["val"] = val
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    """The fake mode that the graph's values live in."""
+    cached = getattr(graph, "_qpass_fake_mode", None)
+    if cached is not None:
+        return cached
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        for leaf in val if isinstance(val, (tuple, list)) else (val,):
+            if isinstance(leaf, FakeTensor):
+                graph._qpass_fake_mode = leaf.fake_mode  # type: ignore[attr-defined]
+                return leaf.fake_mode
+    return None
+
+
+def fake_constant(value: torch.Tensor, mode: FakeTensorMode | None) -> Any:
+    """A fake twin of a constant; opaque tensors (prepacked weights) have the size of their plain form."""
+    if mode is None:
+        return None
+    if value.layout != torch.strided:
+        with mode:
+            return torch.empty(tuple(value.shape), dtype=value.dtype)
+    return mode.from_tensor(value, static_shapes=True)
