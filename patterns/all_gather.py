@@ -10,6 +10,7 @@ from torch import fx
 
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
+from qpass.numerics import dtype_name
 from qpass.rewrite.coded import decoded
 from qpass.rewrite.collective import WAIT, c10d, ops
 from qpass.rewrite.expression import Expr
@@ -58,9 +59,10 @@ class CastBeforeGather(Rule):
 
     def check(self, m: Match, constants: Constants) -> None:
         x = m.x.meta["val"]
-        require(x.dtype.is_floating_point, f"what is gathered is {_name(x.dtype)}")
-        require(m.dtype.itemsize < x.dtype.itemsize, f"{_name(m.dtype)} is not narrower than {_name(x.dtype)}")
-        require(m.dtype in TRAVEL or m.dtype.itemsize == 1, f"{_name(m.dtype)} does not travel")
+        wide, narrow = dtype_name(x.dtype), dtype_name(m.dtype)
+        require(x.dtype.is_floating_point, f"what is gathered is {wide}")
+        require(m.dtype.itemsize < x.dtype.itemsize, f"{narrow} is not narrower than {wide}")
+        require(m.dtype in TRAVEL or m.dtype.itemsize == 1, f"{narrow} does not travel")
         require(m.dtype is not torch.bool and x.dim() > 0, "truth values and single numbers are left as they are")
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
@@ -72,11 +74,7 @@ class CastBeforeGather(Rule):
         narrow = edit.call(cast, m.x, m.dtype, **place)
         if as_bytes:
             narrow = edit.call(aten.view.dtype, narrow, torch.uint8, **place)
-        how = f"all_gather of {_name(m.dtype)}"
+        how = f"all_gather of {dtype_name(m.dtype)}"
         started = send(edit, collective, narrow, how, ops.all_gather_into_tensor.default, m.world)
         gathered = wait_for(edit, started, like=wait, before=wait)
         return edit.call(aten.view.dtype, gathered, m.dtype, like=wait, before=wait) if as_bytes else gathered
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

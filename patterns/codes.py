@@ -11,6 +11,7 @@ from torch import fx
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
 from qpass.graph.sizes import arguments, is_data_dependent
+from qpass.numerics import dtype_name
 from qpass.ops import graph_ops
 from qpass.rewrite.collective import Collective, c10d, ops
 from qpass.rewrite.expression import Expr
@@ -129,7 +130,7 @@ class QuantizeBeforeGather(Rule):
         wait = pair.value
         collective = issued_by(wait)
         codes = _again(edit, pair, m.x, like=m.root, before=collective.node)
-        how = f"all_gather of {_name(pair.qparams.dtype)}"
+        how = f"all_gather of {dtype_name(pair.qparams.dtype)}"
         issue = send(edit, collective, codes, how, ops.all_gather_into_tensor.default, m.world)
         return wait_for(edit, issue, like=wait, before=wait)
 
@@ -144,7 +145,7 @@ def _read(wait: fx.Node) -> tuple[Collective, Pair]:
 def _check(pair: Pair, collective: Collective, moves: bool) -> None:
     """Refuse codes that do not travel, and scales that lie along the dimension that ``moves``."""
     dtype, granularity = pair.qparams.dtype, pair.qparams.granularity
-    require(dtype in TRAVEL, f"codes of {_name(dtype)} do not travel", collective.node)
+    require(dtype in TRAVEL, f"codes of {dtype_name(dtype)} do not travel", collective.node)
     known = isinstance(granularity, (PerTensor, PerChannel))
     require(known, f"scales of {type(granularity).__name__} are left where they are", collective.node)
     require(not moves or _axis(pair) != 0, "its scales belong to the dimension that is moved along", collective.node)
@@ -158,7 +159,7 @@ def _axis(pair: Pair) -> int | None:
 
 def _send_codes(edit: Editor, collective: Collective, pair: Pair) -> fx.Node:
     target: Any = collective.node.target
-    how = f"{collective.kind} of {_name(pair.qparams.dtype)}"
+    how = f"{collective.kind} of {dtype_name(pair.qparams.dtype)}"
     return send(edit, collective, pair.value, how, target, *collective.node.args[1:-1])
 
 
@@ -180,7 +181,3 @@ def _row(edit: Editor, value: Any, dtype: torch.dtype, *, like: fx.Node, before:
     if value.meta["val"].dtype is not dtype:
         value = edit.call(aten.to.dtype, value, dtype, like=like, before=before)
     return edit.call(aten.reshape.default, value, [-1], like=like, before=before)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -8,7 +8,6 @@ and what follows from it (:mod:`qpass.passes.lower_collectives`) are passes of t
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from qpass.passes.frame import Pass
 from qpass.passes.insert_codecs import InsertCodecs, seen_in
 from qpass.passes.lower_collectives import LowerCollectives
 from qpass.passes.split_transfers import SplitTransfers
-from qpass.pipeline import PassRun, watch
+from qpass.pipeline import run_pass, watch
 from qpass.rewrite.collective import KINDS, is_other_collective
 
 
@@ -64,13 +63,7 @@ def compress(
     if inductor and wanted.fuse:
         steps.append(ExpandCodecs())
     for step in steps:
-        start = time.perf_counter()
-        changes = step.run(gm)
-        if changes:
-            gm.graph.eliminate_dead_code()
-        run = PassRun(step.name, changes, time.perf_counter() - start)
-        for after in watching:
-            after(gm, run)
+        run_pass(step, gm, (gm,), watching)
     gm.graph.lint()
     missed = [(node, record) for node, record in _decided(gm) if record.is_missed]
     if strict and missed:

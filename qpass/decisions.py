@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from torch._dynamo.utils import counters
 
@@ -67,7 +67,7 @@ def keep(decisions: GraphDecisions) -> None:
     """Keep the decisions with the graph that is being compiled."""
     plain = {
         "backward": decisions.backward,
-        "records": [{name: asdict(record)[name] for name in _KEPT} for record in decisions.records],
+        "records": [{name: getattr(record, name) for name in _KEPT} for record in decisions.records],
         "overrides": decisions.overrides,
     }
     counters["inductor"][PREFIX + json.dumps(plain)] += 1

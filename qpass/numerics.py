@@ -54,6 +54,11 @@ EPS = torch.finfo(torch.float32).eps
 """The smallest scale, where nobody asks for another."""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``: how messages, reports and records name a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_qparams(
     min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int, symmetric: bool, eps: float = EPS
 ) -> tuple[Tensor, Tensor]:

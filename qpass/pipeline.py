@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,6 +55,29 @@ def watch(gm: fx.GraphModule, stage: Stage) -> list[Callable[[fx.GraphModule, Pa
     return [watcher.after for watcher in watching]
 
 
+def run_pass(
+    step: Pass, gm: fx.GraphModule, graphs: Iterable[fx.GraphModule], after: Iterable[Callable[..., None]]
+) -> PassRun:
+    """Run one pass over each of ``graphs``, regions of ``gm``, and tell those who are to know ``after`` it.
+
+    Dead code goes where the pass changed something.
+    """
+    start = time.perf_counter()
+    changes = 0
+    for graph in graphs:
+        step.requires(graph)
+        changed = step.run(graph)
+        if changed:
+            graph.graph.eliminate_dead_code()
+        step.ensures(graph)
+        changes += changed
+    run = PassRun(step.name, changes, time.perf_counter() - start)
+    log.debug("%s: %d changes in %.1f ms", run.name, run.changes, run.seconds * 1e3)
+    for callback in after:
+        callback(gm, run)
+    return run
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """``passes`` run in order over a graph and all its regions; the result is at ``stage`` and obeys its spec.
@@ -76,19 +99,7 @@ class Pipeline:
         runs = []
         watching = watch(gm, self.stage)
         for step in self.passes:
-            start = time.perf_counter()
-            changes = 0
-            for region in list(regions(gm)):
-                step.requires(region)
-                changed = step.run(region)
-                if changed:
-                    region.graph.eliminate_dead_code()
-                step.ensures(region)
-                changes += changed
-            runs.append(PassRun(step.name, changes, time.perf_counter() - start))
-            log.debug("%s: %d changes in %.1f ms", step.name, changes, runs[-1].seconds * 1e3)
-            for callback in (*between, *watching):
-                callback(gm, runs[-1])
+            runs.append(run_pass(step, gm, list(regions(gm)), (*between, *watching)))
         graph_record(gm).stage = self.stage
         verify(gm, self.stage)
         return runs

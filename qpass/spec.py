@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qpass.errors import ConfigError, near
-from qpass.numerics import FLOAT8_RANGES, RANGES
+from qpass.numerics import FLOAT8_RANGES, RANGES, dtype_name
 
 if TYPE_CHECKING:
     from qpass.observer import ObserverBase
@@ -156,8 +156,8 @@ def _check_fields(spec: QuantizationSpec) -> None:
             "qpass.ops.quantized_decomposed",
         )
     if spec.dtype not in RANGES:
-        names = [str(dtype).removeprefix("torch.") for dtype in RANGES]
-        name = str(spec.dtype).removeprefix("torch.")
+        names = [dtype_name(dtype) for dtype in RANGES]
+        name = dtype_name(spec.dtype)
         raise ConfigError(
             f"QuantizationSpec cannot store codes as {spec.dtype}{near(name, names)}.",
             hint=f"use one of {', '.join(names)}; a range below 8 bits is carried in int8 by quant_min and quant_max",

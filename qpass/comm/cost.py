@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qpass.errors import ConfigError, near
+from qpass.numerics import dtype_name
 
 if TYPE_CHECKING:
     import sympy
@@ -148,14 +149,15 @@ def decide(collective: str, numel: int, dtype: torch.dtype, world_size: int, cod
     if collective not in FORMS:
         seconds(collective)  # raises
     if not dtype.is_floating_point:
-        return Decision(False, nan, nan, None, f"{collective} of {_name(dtype)} is never compressed")
+        return Decision(False, nan, nan, None, f"{collective} of {dtype_name(dtype)} is never compressed")
     if world_size == 1 or numel == 0:
         return Decision(
             False, 0.0, 0.0, None, f"{collective} over {world_size} rank(s) of {numel} elements sends nothing"
         )
     payload = codec.payload_bytes(numel) / numel
     if payload >= dtype.itemsize:
-        reason = f"{codec} sends {payload:.2f} bytes an element, no fewer than the {dtype.itemsize} of {_name(dtype)}"
+        of_each = f"the {dtype.itemsize} of {dtype_name(dtype)}"
+        reason = f"{codec} sends {payload:.2f} bytes an element, no fewer than {of_each}"
         return Decision(False, nan, nan, None, f"{collective} is sent plain: {reason}")
     values = (
         world_size,
@@ -181,7 +183,7 @@ def decide(collective: str, numel: int, dtype: torch.dtype, world_size: int, cod
     else:
         when = f"pays below {math.ceil(size):,} elements only" if size > 0 else "never pays on this link"
     reason = (
-        f"{collective} of {numel:,} {_name(dtype)} over {world_size} ranks is sent "
+        f"{collective} of {numel:,} {dtype_name(dtype)} over {world_size} ranks is sent "
         f"{'as ' + str(codec) if pays else 'plain'}: {_time(compressed)} compressed, {_time(plain)} plain; "
         f"compression {when}"
     )
@@ -203,10 +205,6 @@ def _slope(collective: str) -> Callable[..., Any]:
 
     plain, compressed = seconds(collective)
     return sympy.lambdify(list(symbols().values()), sympy.diff(GAIN * plain - compressed, symbols()["n"]), "math")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _time(value: float) -> str:

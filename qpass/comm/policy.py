@@ -81,7 +81,7 @@ class Policy:
         module: str | None = None, backward: bool | None = None, min_bytes: int | None = None,
     ) -> Policy:  # fmt: skip
         """A policy with one more override, tried after those it already has. Arguments as for `Override`."""
-        one = Override(codec, kind, group, module, backward, min_bytes)  # type: ignore[arg-type]
+        one = Override(codec, kind, group, module, backward, min_bytes)  # type: ignore[arg-type]  # a name becomes a codec
         return replace(self, overrides=(*self.overrides, one))
 
     def keep_plain(

@@ -55,13 +55,13 @@ def _described(leaf: Any) -> Any:
         sizes = tuple(size if isinstance(size, int) else size.node.expr for size in (*val.shape, *val.stride()))
         return (val.dtype, val.device, len(val.shape), sizes)
     if isinstance(val, torch.Tensor):
-        return id(val)
+        return val  # itself: kept alive, it is told from any other
     return (type(val), val.node.expr if isinstance(val, torch.SymInt) else val)
 
 
 def refresh_val(node: fx.Node) -> None:
     """Compute ``meta["val"]`` of an operator node again, after one of its inputs changed."""
-    val = fake_call(*node.args, call=node.target, **node.kwargs)  # type: ignore[arg-type]
+    val = fake_call(*node.args, call=node.target, **node.kwargs)  # type: ignore[arg-type]  # it is an operator
     if val is not None:
         node.meta["val"] = val
 
@@ -75,7 +75,7 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
         val = node.meta.get("val")
         for leaf in val if isinstance(val, (tuple, list)) else (val,):
             if isinstance(leaf, FakeTensor):
-                graph._qpass_fake_mode = leaf.fake_mode  # type: ignore[attr-defined]
+                graph.__dict__["_qpass_fake_mode"] = leaf.fake_mode
                 return leaf.fake_mode
     return None
 

@@ -26,7 +26,7 @@ class GraphModule(fx.GraphModule):
 class Draft(GraphModule):
     """One whose graph is still being changed: it has no code, and cannot be called before it is rebuilt."""
 
-    def recompile(self) -> None:  # type: ignore[override]
+    def recompile(self) -> Any:
         """Nothing: the code would be that of a graph that is about to change."""
 
 

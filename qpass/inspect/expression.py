@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qpass.inspect.nodes import INPUT, Keyword, NodeView, Snapshot
+from qpass.numerics import dtype_name
 
 if TYPE_CHECKING:
     from qpass.inspect.edits import Change
@@ -74,7 +75,7 @@ def literal(value: Any) -> str:
 
 
 def _dtype(view: NodeView) -> str:
-    return str(view.val.dtype).removeprefix("torch.") if isinstance(view.val, Tensor) else ""
+    return dtype_name(view.val.dtype) if isinstance(view.val, Tensor) else ""
 
 
 class _Letters(dict[int, str]):

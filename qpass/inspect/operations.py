@@ -16,6 +16,7 @@ from qpass.graph.constants import Constants
 from qpass.graph.record import NodeRecord, Stage, record_of
 from qpass.graph.source import module_path, source_line
 from qpass.graph.text import target_name
+from qpass.numerics import dtype_name
 
 PASSES = {module.name for module in pkgutil.iter_modules(qpass.passes.__path__)}  # a pass's file is named by the pass
 
@@ -75,7 +76,7 @@ def _compute_dtype(node: fx.Node, record: NodeRecord) -> str:
     if record.outcome != "float":
         return ""
     dtype = record.compute_dtype or next(t.dtype for t in _tensors(node) if t.is_floating_point())
-    return str(dtype).removeprefix("torch.")
+    return dtype_name(dtype)
 
 
 def _computes_floats(node: fx.Node) -> bool:

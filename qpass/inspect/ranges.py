@@ -19,6 +19,7 @@ from qpass.inspect import page
 from qpass.inspect.expression import ascii_only
 from qpass.inspect.report_text import table
 from qpass.modes import FoldedWeight
+from qpass.numerics import dtype_name
 from qpass.passes.insert_observers import observers
 
 BARS = 24
@@ -119,7 +120,7 @@ def _binned(histogram: Tensor) -> tuple[int, ...]:
 def _cells(seen: Seen) -> list[str]:
     span = (seen.high - seen.low) or 1.0
     used = 100 * (seen.chosen[1] - seen.chosen[0]) / span
-    dtype = str(seen.dtype).removeprefix("torch.")
+    dtype = dtype_name(seen.dtype)
     return [seen.name, seen.module or "-", dtype, f"{seen.low:.4g}", f"{seen.high:.4g}", f"{min(used, 999):.0f} %"]
 
 

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 import qpass.ops  # noqa: F401  (a file with q/dq operators opens only where they are registered)
 from qpass.errors import InputError
 from qpass.graph.record import NodeRecord, Stage, record_of
+from qpass.numerics import dtype_name
 
 EXTRA = "qpass.json"
 CUSTOM = "custom"
@@ -78,4 +79,4 @@ def kept_maker(node: fx.Node) -> str:
 def as_kept(record: NodeRecord) -> dict[str, Any]:
     """``record`` in strings and numbers, as it travels in a file."""
     dtype = record.compute_dtype
-    return asdict(record) | {"compute_dtype": str(dtype).removeprefix("torch.") if dtype else None}
+    return asdict(record) | {"compute_dtype": dtype_name(dtype) if dtype else None}

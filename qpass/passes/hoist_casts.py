@@ -65,6 +65,6 @@ def _wanted(graph: fx.Graph) -> Wanted:
 def _read_in(user: fx.Node, wanted: Wanted) -> torch.dtype | None:
     """The dtype that ``user`` wants its input in, or None where that is the dtype it has."""
     if cast_of(user) is not None:
-        return user.args[1]  # type: ignore[return-value]
+        return user.args[1]  # type: ignore[return-value]  # of a cast
     return wanted.get(user) if user.target in MOVES else None
 

@@ -17,6 +17,7 @@ from qpass.graph.edit import Editor
 from qpass.graph.record import record_of, set_record
 from qpass.graph.sizes import is_data_dependent, is_known, sizes
 from qpass.graph.source import module_stack
+from qpass.numerics import dtype_name
 from qpass.passes.annotate import NotAsked, describe
 from qpass.passes.frame import Pass
 from qpass.patterns.reduce_scatter import SUMS
@@ -84,7 +85,7 @@ class InsertCodecs(Pass):
     def _wanted(self, found: Collective | Coalesced) -> Policy:
         """What the policy says of one collective; refuses where it wants it plain."""
         if not found.dtype.is_floating_point:
-            raise NotAsked(f"values of {str(found.dtype).removeprefix('torch.')} travel as they are")
+            raise NotAsked(f"values of {dtype_name(found.dtype)} travel as they are")
         if found.world is None:
             raise Refusal("the number of ranks in its group is not known")
         whole = found.numel * (found.world if found.kind == "all_gather" else 1)
@@ -121,7 +122,7 @@ def _check(found: Collective | Coalesced) -> None:
 def _round(found: Collective, wire: Codec, edit: Editor) -> None:
     found.node.replace_input_with(found.x, _rounded(edit, found, wire))
     numel = LARGE if is_data_dependent(found.numel) else found.numel
-    if found.kind == "all_reduce" and shots(numel, wire, found.world) == "two_shot":  # type: ignore[arg-type]
+    if found.kind == "all_reduce" and shots(numel, wire, found.world) == "two_shot":  # type: ignore[arg-type]  # both are known here
         _round_sum(found, wire, edit)
 
 

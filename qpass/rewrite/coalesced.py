@@ -22,6 +22,7 @@ from torch import fx
 
 from qpass.graph.edit import Editor
 from qpass.graph.sizes import Size, argument, arguments, product, sizes
+from qpass.numerics import dtype_name
 from qpass.ops.wire_format import WireFormat
 from qpass.rewrite.collective import SENT_KEY, WAIT, WORLD_KEY, group_name, ops, world_in
 from qpass.rewrite.match import normalized
@@ -73,16 +74,17 @@ def as_coalesced(node: fx.Node) -> Coalesced:
     kind, _ = COALESCED[node.target]
     given = normalized(node)
     xs = given["inputs"]
-    dtypes = sorted({str(x.meta["val"].dtype).removeprefix("torch.") for x in xs})
+    dtypes = sorted({dtype_name(x.meta["val"].dtype) for x in xs})
     require(len(dtypes) == 1, f"its tensors are of {' and '.join(dtypes)}", node)
     waits = {}
     for item in node.users:
+        index: Any = item.args[1] if item.target is operator.getitem else None
         readers = [reader for reader in item.users if reader.target is not aten.sym_size.int]
-        is_waited = item.target is operator.getitem and len(readers) == 1 and readers[0].target is WAIT
-        require(is_waited and item.args[1] not in waits, NOT_WAITED, node)
-        waits[item.args[1]] = readers[0]
+        is_waited = index is not None and len(readers) == 1 and readers[0].target is WAIT
+        require(is_waited and index not in waits, NOT_WAITED, node)
+        waits[index] = readers[0]
     require(waits, NOT_WAITED, node)
-    return Coalesced(node, kind, list(xs), waits, given.get("reduce_op", ""), world_in(node))  # type: ignore[arg-type]
+    return Coalesced(node, kind, list(xs), waits, given.get("reduce_op", ""), world_in(node))
 
 
 NOT_WAITED = "its result is read without being waited for, or more than once"
@@ -119,11 +121,13 @@ def as_bucket(edit: Editor, found: Coalesced, wire: WireFormat) -> fx.Node:
             shape = arguments(_shape(edit, found.xs[index], rows, parts, **place))
             wait.replace_all_uses_with(edit.call(aten.reshape.default, values, shape, **place))
         start = start + room
+    item: Any
+    reader: Any
     for item in list(node.users):
         for reader in list(item.users):
             if reader.target is aten.sym_size.int:  # asked before the transfer has ended
-                shape = arguments(_shape(edit, found.xs[item.args[1]], rows, parts, like=reader, before=node))  # type: ignore[index]
-                reader.replace_all_uses_with(shape[reader.args[1]])  # type: ignore[arg-type, index]
+                shape = arguments(_shape(edit, found.xs[item.args[1]], rows, parts, like=reader, before=node))
+                reader.replace_all_uses_with(shape[reader.args[1]])
             edit.graph.erase_node(reader)
         edit.graph.erase_node(item)
     edit.graph.erase_node(node)

@@ -58,10 +58,11 @@ def as_coded(node: Any) -> Coded | None:
         value = _unmoved(cut.args[0])
     if not isinstance(value, fx.Node) or value.target is not DECODE:
         return None
-    payload, _, _, form = value.args
+    given: Any = value.args
+    payload, _, _, form = given
     wire = parse(str(form))
     parts = 1 if cut is None else _kept(cut, wire)
-    return None if parts is None else Coded(payload, wire, node.meta["val"].numel(), parts)  # type: ignore[arg-type]
+    return None if parts is None else Coded(payload, wire, node.meta["val"].numel(), parts)
 
 
 def encoded(edit: Editor, x: fx.Node, wire: WireFormat, parts: int, *, like: fx.Node, before: fx.Node) -> fx.Node:
