@@ -50,6 +50,8 @@ class Policy:
         fuse: write codecs out in compiled graphs, for Inductor to fuse with what stands around them. That saves a pass
             over the tensor where a neighbour is elementwise, and makes Inductor compile each anew: a training step
             takes two to three times as long to compile. Otherwise graphs call kernels that were compiled once.
+        join: send small payloads of a compiled graph together, where none depends on another. Which ones those are is
+            read off the graph: switch it off where the ranks of one group run different programs.
 
     Raises:
         ConfigError: no such codec or kind, or a stochastic codec.
@@ -61,6 +63,7 @@ class Policy:
     link: Link | None = None
     overrides: tuple[Override, ...] = ()
     fuse: bool = False
+    join: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "codec", codec(self.codec))

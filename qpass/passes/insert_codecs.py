@@ -14,7 +14,7 @@ from qpass.comm.override import Place, Seen
 from qpass.comm.policy import LARGE, Policy
 from qpass.comm.schedule import shots
 from qpass.graph.edit import Editor
-from qpass.graph.record import record_of, set_record
+from qpass.graph.record import record_of, set_record, stands_for_several
 from qpass.graph.sizes import is_data_dependent, is_known, sizes
 from qpass.graph.source import module_stack
 from qpass.numerics import dtype_name
@@ -60,7 +60,7 @@ class InsertCodecs(Pass):
 
     def _visit(self, node: fx.Node, edit: Editor) -> int:
         known, kinds = record_of(node), self.policy.kinds
-        if known is not None and known.outcome == "quantized":
+        if (known is not None and known.outcome == "quantized") or stands_for_several(node):
             return 0
         try:
             found = as_coalesced(node) if node.target in COALESCED else _one(node, edit)
