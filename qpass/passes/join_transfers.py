@@ -32,11 +32,12 @@ class JoinTransfers(Pass):
     """``wait(all_gather(p)), wait(all_gather(q))  ->  slices of wait(all_gather(cat([p, q])))``; exact.
 
     So for broadcasts of one rank, and for the equal parts that sums exchange: what goes to one rank stays together.
-    Members have one operator and group, and equally many collectives before them on their longest chain of
-    dependencies, so that none needs another's result, nor a bucket that of a later one. The transfer starts where the
-    first of them did, what the others are computed from moves in front of it, and it is waited for where the first
-    result was. No bucket reaches over an operator that writes in place, draws random numbers or checks something, so
-    nothing moves past one. What is not a payload, or of a size that may differ by rank, is left alone.
+    Members have one operator and one group, and equally many collectives before them on their longest chain of
+    dependencies: so none needs what another receives, and no two buckets need each other. The transfer starts where
+    the first of them did, behind all that the others are computed from, and is waited for where the first result was.
+    That result may come later than alone; it is small, and so are all it waits for. No bucket reaches over an operator
+    that writes in place, draws random numbers or checks something, so that nothing moves past one. What is no payload,
+    or may have another size on another rank, is left alone.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -99,7 +100,9 @@ def _has_effect(node: fx.Node) -> bool:
     return node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator) or node.is_impure()
 
 
-def _join(members: list[Collective], edit: Editor) -> None:
+def _join(bucket: list[Collective], edit: Editor) -> None:
+    # Read again: what was received by a bucket before this one is another node now.
+    members = [member for each in bucket if (member := as_collective(each.node)) is not None]
     first = members[0].node
     _move_up([member.x for member in members], first, members[-1].node)
     parts, world = _parts(members[0]), members[0].world

@@ -17,7 +17,8 @@ from qpass.compress import collectives, compress
 from qpass.inspect.snapshot import snapshot
 from qpass.passes import join_transfers
 from qpass.passes.join_transfers import JoinTransfers
-from qpass.rewrite.collective import KINDS
+from qpass.passes.lower_collectives import LowerCollectives
+from qpass.rewrite.collective import KINDS, WAIT
 
 aten = torch.ops.aten
 ALL = Policy("int8", tuple(FORMS), 0)
@@ -141,6 +142,23 @@ def test_a_bucket_is_full_at_some_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert JoinTransfers().run(gm) == 1
     sizes = [node.args[0].meta["val"].numel() for node in gm.graph.nodes if node.target in KINDS]
     assert sizes == [260 + 520 + 260, 1170, 520]
+
+
+def test_what_was_received_together_is_sent_on_together() -> None:
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        twice = [send.all_gather(send.all_gather(each.abs())) for each in (x, y)]
+        return tuple(torch.ops.prims.convert_element_type(each, torch.uint8) for each in twice)
+
+    inputs = [(value(rank, 4, 64), value(rank + 5, 4, 100)) for rank in range(2)]
+    gm = traced(function, X, Y)
+    assert [LowerCollectives().run(gm), LowerCollectives().run(gm)] == [2, 2]  # the cast moves over both
+    before = lockstep(gm, inputs)
+    assert sum(node.args[0].target is WAIT for node in gm.graph.nodes if node.target in KINDS) == 2
+    assert JoinTransfers().run(gm) == 2
+    gm.graph.lint()
+    assert sent(gm) == ["all_gather"] * 2
+    for found, expected in zip(lockstep(gm, inputs), before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_what_moves_is_what_the_others_are_computed_from() -> None:
