@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class JoinTransfers(Pass):
     the first of them did, behind all that the others are computed from, and is waited for where the first result was.
     That result may come later than alone; it is small, and so are all it waits for. No bucket reaches over an operator
     that writes in place, draws random numbers or checks something, so that nothing moves past one. What is no payload,
-    or may have another size on another rank, is left alone.
+    or may be of another size on another rank, is left alone.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -47,7 +47,7 @@ class JoinTransfers(Pass):
         return len(buckets)
 
 
-def _buckets(graph: fx.Graph) -> Iterable[list[Collective]]:
+def _buckets(graph: fx.Graph) -> list[list[Collective]]:
     """The payloads that are sent together, in the order of the graph."""
     depths: dict[fx.Node, int] = {}
     current: dict[Hashable, list[Collective]] = {}
@@ -95,8 +95,10 @@ def _settings(node: fx.Node) -> dict[str, Any]:
 
 def _has_effect(node: fx.Node) -> bool:
     """Whether other nodes must stay where they are, before or behind this one."""
-    if node.op in ("placeholder", "get_attr", "output") or node.target is WAIT:
+    if node.op in ("placeholder", "get_attr", "output"):
         return False
+    if node.target is WAIT:  # what reads the same without it must stay behind it
+        return any(len(source.users) > 1 for source in node.all_input_nodes)
     return node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator) or node.is_impure()
 
 

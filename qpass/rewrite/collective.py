@@ -116,7 +116,7 @@ def operator_of(node: fx.Node) -> Any:
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
-    """The arguments of `operator_of` by name; what it writes to is not among those of a wrapped one."""
+    """The arguments of `operator_of` by name; of one that is wrapped the newer wrapper leaves out its output."""
     return dict(node.kwargs) if node.target in FUNCTIONALIZED else normalized(node)
 
 

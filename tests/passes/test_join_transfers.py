@@ -193,6 +193,13 @@ def written_between(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return a, send.all_gather(y)
 
 
+def read_beside_its_wait(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    largest = ops.all_reduce(y, "max", "0")
+    a = send.all_gather(send.all_reduce(x, "max"))
+    send.wait(largest)
+    return a, send.all_gather(largest * 2)
+
+
 ALONE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "one needs the other": one_after_the_other,
     "they would wait for one another": crossed,
@@ -203,6 +210,7 @@ ALONE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "values that nobody coded": lambda x, y: (send.all_gather(x.byte()), send.all_gather(y.byte())),
     "sent in full": lambda x, y: (send.all_reduce(x, "max"), send.all_reduce(y, "max")),
     "a write between": written_between,
+    "a wait between that nothing says is needed": read_beside_its_wait,
     "random numbers between": lambda x, y: (send.all_gather(x), send.all_gather(aten.rand_like(y))),
 }
 
