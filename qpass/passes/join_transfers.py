@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass.comm.joined import CUT, JOIN
 from qpass.comm.pieces import SEND
 from qpass.comm.schedule import CHUNK
 from qpass.graph.edit import Editor
@@ -29,7 +30,7 @@ SPLITS = ("output_split_sizes", "input_split_sizes")
 
 @dataclass(frozen=True)
 class JoinTransfers(Pass):
-    """``wait(all_gather(p)), wait(all_gather(q))  ->  slices of wait(all_gather(cat([p, q])))``; exact.
+    """``wait(all_gather(p)), wait(all_gather(q))  ->  cuts of wait(all_gather(join([p, q])))``; exact.
 
     So for broadcasts of one rank, and for the equal parts that sums exchange: what goes to one rank stays together.
     Members have one operator and one group, and equally many collectives before them on their longest chain of
@@ -109,8 +110,7 @@ def _join(bucket: list[Collective], edit: Editor) -> None:
     _move_up([member.x for member in members], first, members[-1].node)
     parts, world = _parts(members[0]), members[0].world
     here: Any = {"like": first, "before": first}
-    rows = [edit.call(aten.reshape.default, member.x, [parts, -1], **here) for member in members]
-    payload = edit.call(aten.reshape.default, edit.call(aten.cat.default, rows, 1, **here), [-1], **here)
+    payload = edit.call(JOIN, [member.x for member in members], parts, **here)
     each = sum(map(_size, members))
     settings = {name: [each] * parts if name in SPLITS else value for name, value in _settings(first).items()}
     issue = edit.call(first.target, payload, *settings.values(), **here)  # type: ignore[arg-type]  # an operator
@@ -120,13 +120,13 @@ def _join(bucket: list[Collective], edit: Editor) -> None:
 
     waits = [wait for member in members if (wait := member.wait) is not None]
     there: Any = {"like": min(waits), "before": min(waits)}
-    received = 1 if members[0].kind == "broadcast" else world
-    table = edit.call(aten.reshape.default, edit.call(WAIT, issue, **there), [received, -1], **there)
+    received, ranks = edit.call(WAIT, issue, **there), 1 if members[0].kind == "broadcast" else world
     start = 0
     for member, wait in zip(members, waits, strict=True):
         place: Any = {"like": wait, "before": wait}
-        part = edit.call(aten.slice.Tensor, table, 1, start, start + _size(member), **place)
-        wait.replace_all_uses_with(edit.call(aten.reshape.default, part, list(wait.meta["val"].shape), **place))
+        part = edit.call(CUT, received, ranks, start, start + _size(member), **place)
+        shape = list(wait.meta["val"].shape)
+        wait.replace_all_uses_with(edit.call(aten.view.default, part, shape, **place) if len(shape) != 1 else part)
         start += _size(member)
         edit.graph.erase_node(wait)
         edit.graph.erase_node(member.node)

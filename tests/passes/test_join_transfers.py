@@ -53,24 +53,18 @@ def test_gathers_become_one_that_starts_and_is_waited_for_where_the_first_was() 
         "encode = encode(mul, int8:128:bf16)",
         "exp = exp(x_1)",
         "encode_1 = encode(exp, int8:128:bf16)",
-        "reshape = reshape(encode, [1, -1])",
-        "reshape_1 = reshape(encode_1, [1, -1])",
-        "cat = cat([reshape, reshape_1], 1)",
-        "reshape_2 = reshape(cat, [-1])",
-        "all_gather_into_tensor = all_gather_into_tensor(reshape_2, 2, 0)",
+        "join_payloads = join_payloads([encode, encode_1], 1)",
+        "all_gather_into_tensor = all_gather_into_tensor(join_payloads, 2, 0)",
         "wait_tensor = wait_tensor(all_gather_into_tensor)",
-        "reshape_3 = reshape(wait_tensor, [2, -1])",
-        "slice = slice.Tensor(reshape_3, 1, 0, 260)",
-        "reshape_4 = reshape(slice, [520])",
-        "decode = decode(reshape_4, 512, float32, int8:128:bf16)",
+        "cut_payloads = cut_payloads(wait_tensor, 2, 0, 260)",
+        "decode = decode(cut_payloads, 512, float32, int8:128:bf16)",
         "view = view(decode, [8, 64])",
         "add = add.Tensor(view, 1)",
-        "slice_1 = slice.Tensor(reshape_3, 1, 260, 780)",
-        "reshape_5 = reshape(slice_1, [1040])",
-        "decode_1 = decode(reshape_5, 1024, float32, int8:128:bf16)",
+        "cut_payloads_1 = cut_payloads(wait_tensor, 2, 260, 780)",
+        "decode_1 = decode(cut_payloads_1, 1024, float32, int8:128:bf16)",
         "view_1 = view(decode_1, [2, 512])",
-        "slice_2 = slice.Tensor(view_1, 1, 0, 400)",
-        "clone = clone(slice_2, memory_format=torch.contiguous_format)",
+        "slice = slice.Tensor(view_1, 1, 0, 400)",
+        "clone = clone(slice, memory_format=torch.contiguous_format)",
         "view_2 = view(clone, [8, 100])",
         "sin = sin(x_1)",
         "return [add, view_2, sin]",
@@ -85,16 +79,11 @@ def test_of_what_is_exchanged_the_parts_for_one_rank_stay_together() -> None:
     gm = compressed(scattered)
     assert JoinTransfers().run(gm) == 1
     lines = text(gm)
-    start = lines.index("reshape = reshape(encode, [2, -1])")
-    assert lines[start : start + 8] == [
-        "reshape = reshape(encode, [2, -1])",
-        "reshape_1 = reshape(encode_1, [2, -1])",
-        "cat = cat([reshape, reshape_1], 1)",
-        "reshape_2 = reshape(cat, [-1])",
-        "all_to_all_single = all_to_all_single(reshape_2, [390, 390], [390, 390], 0)",
+    start = lines.index("join_payloads = join_payloads([encode, encode_1], 2)")
+    assert lines[start + 1 : start + 4] == [
+        "all_to_all_single = all_to_all_single(join_payloads, [390, 390], [390, 390], 0)",
         "wait_tensor = wait_tensor(all_to_all_single)",
-        "reshape_3 = reshape(wait_tensor, [2, -1])",
-        "slice = slice.Tensor(reshape_3, 1, 0, 130)",
+        "cut_payloads = cut_payloads(wait_tensor, 2, 0, 130)",
     ]
 
 
