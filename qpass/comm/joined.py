@@ -3,8 +3,8 @@
     join_payloads(payloads, parts)           uint8 [parts * n], [parts * m], ..  ->  [parts * (n + m + ..)]
     cut_payloads(joined, parts, start, stop) -> [parts * (stop - start)]: some of the bytes of every part
 
-``parts`` is 1 where every rank gets the same, else the ranks: what goes to one of them stays together. Both are calls, as
-codecs are: these few bytes are copied in no time, while loops written for them are compiled anew with each program.
+``parts`` is 1 where every rank gets the same, else the ranks: what goes to one of them stays together. Both are calls,
+as codecs are: these few bytes are copied in no time, while loops written for them are compiled anew with each program.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.library import opcheck
 
 import lockstep as send
 from lockstep import lockstep, ops, text, traced, value
 from qpass.comm import Policy, schedule
 from qpass.comm.cost import FORMS
+from qpass.comm.joined import CUT, JOIN
 from qpass.compress import collectives, compress
 from qpass.inspect.snapshot import snapshot
 from qpass.passes import join_transfers
@@ -85,6 +87,17 @@ def test_of_what_is_exchanged_the_parts_for_one_rank_stay_together() -> None:
         "wait_tensor = wait_tensor(all_to_all_single)",
         "cut_payloads = cut_payloads(wait_tensor, 2, 0, 130)",
     ]
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_what_was_joined_is_cut_apart_again(parts: int) -> None:
+    payloads = [torch.arange(8, dtype=torch.uint8), torch.arange(100, 112, dtype=torch.uint8).view(4, 3)]
+    joined, each = JOIN(payloads, parts), 8 // parts
+    assert joined[each : each + 2].tolist() == [100, 101]
+    assert torch.equal(CUT(joined, parts, 0, each), payloads[0])
+    assert torch.equal(CUT(joined, parts, each, 20 // parts), payloads[1].flatten())
+    opcheck(JOIN, (payloads, parts))
+    opcheck(CUT, (joined, parts, 0, each))
 
 
 def three(x: Tensor, y: Tensor, world: int) -> tuple[Tensor, ...]:
