@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from qpass import comm
 from ranks import everywhere
-from watched import ALL, INT8, Watch, check_sent, payload_bytes, value
+from watched import ALL, HEADERS, INT8, Watch, check_sent, payload_bytes, value
 
 Whole = Callable[[Tensor], Tensor]
 
@@ -131,8 +131,9 @@ def joined(rank: int, world: int) -> None:
             compiled(x).backward()
             model.zero_grad()
             payloads = (world - 1) * payload_bytes(*sizes)
-            loss = check_sent(compiled, x, payloads=payloads)
-            check_sent(loss.backward, payloads=payloads)
+            headers = HEADERS * world // 2  # apart it takes a rank of four 72 messages
+            loss = check_sent(compiled, x, payloads=payloads, headers=headers)
+            check_sent(loss.backward, payloads=payloads, headers=headers)
         assert watch.before == [{"all_gather float32": 4}, {"reduce_scatter float32": 4}]
         assert watch.after == [{"all_gather uint8": count}, {"all_to_all uint8": count}]
         assert [record.kernel.endswith(", joined with 3 others") for record in watch.decisions] == [join] * 8
