@@ -135,6 +135,17 @@ def test_the_bits_are_those_of_what_was_sent_apart(
     assert text(compress(gm, ALL)) == once
 
 
+def test_codecs_that_are_written_out_are_joined_too() -> None:
+    inputs = [(value(rank, 4, 64), value(rank + 5, 4, 100)) for rank in range(2)]
+    apart, joined = (
+        compress(traced(gathered, X, Y), Policy("int8", min_bytes=0, fuse=True, join=join), inductor=True)
+        for join in (False, True)
+    )
+    assert (len(sent(apart)), len(sent(joined))) == (2, 1)
+    for found, expected in zip(lockstep(joined, inputs), lockstep(apart, inputs), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_bucket_is_full_at_some_size(monkeypatch: pytest.MonkeyPatch) -> None:
     def function(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         return tuple(send.all_gather(each) for each in (x, torch.cat([x, y, y], 1), y, x + 1, y + 1))
