@@ -186,7 +186,7 @@ def groups() -> list[tuple[str, int]]:
 def check(seed: int, rank: int, compiled: bool = False) -> tuple[list[NodeRecord], list[str]]:
     """Run one program: its decisions as made for Inductor, and what is wrong with it on any rank.
 
-    Made ready for Inductor it gives the same bits; so it does ``compiled`` by `torch.compile`.
+    Made ready for Inductor it gives the same bits, and so it does ``compiled`` by `torch.compile`.
     """
     made = program(seed, groups())
     inputs = made.inputs(rank)
