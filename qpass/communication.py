@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
+from torch._functorch import config as functorch_config
+from torch._guards import CompileContext, TracingContext
+from torch.utils._pytree import tree_leaves
 
 from qpass.comm.agreement import agree_on_plan, debug
 from qpass.comm.group import group_of, process_group
 from qpass.comm.policy import Policy
 from qpass.compress import CompressCollectives, places_of
 from qpass.decisions import GraphDecisions, take, unmatched
+from qpass.ops.feedback import Feedback
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +47,8 @@ class Communication:
         self._remaining = 1 + training
         self._backward = backward
         self._is_running = False
+        compile_id = CompileContext.current_compile_id()
+        self._frame = compile_id.frame_id if compile_id is not None else object()  # recompilations share it
         self._to_compare: list[GraphDecisions] = []
 
     def compiled(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., Any]:
@@ -50,11 +58,15 @@ class Communication:
             AgreementError: on every rank.
         """
         take()  # what a compilation that failed has left behind
-        call = compile(self._inner)
+        feedback = self.step.policy.feedback
+        # AOTAutograd's cache would serve graphs without `_inner`, which binds them to the feedback.
+        with functorch_config.patch(enable_autograd_cache=False) if feedback else contextlib.nullcontext():
+            call = compile(self._inner)
         if not self._to_compare:  # nothing was compiled: AOTAutograd's cache had all graphs
             self._remaining = 0
             self._add(take() or [GraphDecisions(self._backward)])
         self._is_running = True
+        call = call if feedback is None else self._checked(call, feedback)
         return self._compared_first(call) if debug() else call
 
     def _inner(self, gm: Any, example_inputs: Any, **options: Any) -> Any:
@@ -62,12 +74,31 @@ class Communication:
 
         take()
         self.step.backward = self._backward or options.get("is_backward", False)
+        self.step.gradients = _static_inputs() if options.get("is_backward") else None
         result = compile_fx_inner(gm, example_inputs, **options)
+        if (feedback := self.step.policy.feedback) is not None:
+            self._bind(result, feedback)
         self._remaining = 0 if options.get("is_inference") else self._remaining - 1
         self._add(take() or [GraphDecisions(self.step.backward)])
         if self._is_running:  # a backward, compiled when it is first needed
             self._compare()
         return result
+
+    def _bind(self, result: Any, feedback: Feedback) -> None:
+        run = result.current_callable  # the artifact is new at every compilation and every hit of Inductor's cache
+
+        def bound(inputs: Any) -> Any:
+            with feedback.bound(self._frame):
+                return run(inputs)
+
+        result.current_callable = bound
+
+    def _checked(self, call: Callable[..., Any], feedback: Feedback) -> Callable[..., Any]:
+        def checked(*arguments: Any) -> Any:
+            feedback.serve(self._frame, parameters_of(arguments))
+            return call(*arguments)
+
+        return checked
 
     def _add(self, found: list[GraphDecisions]) -> None:
         self.graphs += found
@@ -110,3 +141,14 @@ def conclusions(communications: Sequence[Communication]) -> list[str]:
         return []
     graphs = [decisions for each in communications for decisions in each.graphs]
     return unmatched(graphs) if any(decisions.records for decisions in graphs) else [NONE]
+
+
+def parameters_of(arguments: Sequence[Any]) -> list[torch.Tensor]:
+    """The parameters among a graph's arguments; compiled autograd gives its own in lists."""
+    return [leaf for leaf in tree_leaves(list(arguments)) if isinstance(leaf, torch.nn.Parameter)]
+
+
+def _static_inputs() -> tuple[int, ...] | None:
+    """The inputs of the forward graph that are weights; a backward graph gives their gradients in the same places."""
+    context = TracingContext.try_get()
+    return tuple(context.fw_metadata.static_input_indices) if context and context.fw_metadata else None

@@ -39,7 +39,7 @@ _library.define(
 
 def encode(x: Tensor, form: str, seed: int = 0) -> Tensor:
     """The payload of `x`: any shape and strides, any dtype of `FLOATS`; a new uint8 tensor of one dimension."""
-    wire = _check_encode(x, form)
+    wire = check_encode(x, form)
     payload = torch.empty(wire.payload_bytes(x.numel()), dtype=torch.uint8, device=x.device)
     encode_into(x.detach().reshape(-1), payload, wire, seed)
     return payload
@@ -143,7 +143,8 @@ def _aligned(payload: Tensor) -> Tensor:
     return payload if payload.storage_offset() % 4 == 0 else payload.clone()
 
 
-def _check_encode(x: Tensor, form: str) -> WireFormat:
+def check_encode(x: Tensor, form: str) -> WireFormat:
+    """The format that is written ``form``; refuses what cannot be sent in any."""
     if x.dtype not in FLOATS:
         raise InputError(
             f"A tensor of {x.dtype} cannot be encoded.", hint="send integers, bools and complex as they are"
@@ -170,7 +171,7 @@ def _check_decode(payload: Tensor, dims: int, numel: int, dtype: torch.dtype, fo
 
 @torch.library.register_fake("qpass::encode", lib=_library)
 def _encode_meta(x: Tensor, form: str, seed: int = 0) -> Tensor:
-    return x.new_empty(_check_encode(x, form).payload_bytes(x.numel()), dtype=torch.uint8)
+    return x.new_empty(check_encode(x, form).payload_bytes(x.numel()), dtype=torch.uint8)
 
 
 @torch.library.register_fake("qpass::decode", lib=_library)
@@ -194,7 +195,7 @@ for _name, _function in (("encode", encode), ("decode", decode), ("decode_reduce
 
 def encode_formula(x: Tensor, form: str, seed: int = 0) -> Tensor:
     """`encode` as a graph of ATen operators; sizes may be symbolic, the width of a row never is."""
-    wire = _check_encode(x, form)
+    wire = check_encode(x, form)
     flat, rows = x.reshape(-1), wire.rows(x.numel())
     if wire.is_cast:
         return flat.to(CASTS[wire.format]).view(torch.uint8)
