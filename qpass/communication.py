@@ -85,7 +85,10 @@ class Communication:
         return result
 
     def _bind(self, result: Any, feedback: Feedback) -> None:
-        run = result.current_callable  # the artifact is new at every compilation and every hit of Inductor's cache
+        """Run the graph with the residuals of its frame. Its artifact is new at every hit of Inductor's cache, too."""
+        run = getattr(result, "current_callable", None)
+        if run is None:  # a graph that calls nothing is no artifact
+            return
 
         def bound(inputs: Any) -> Any:
             with feedback.bound(self._frame):
