@@ -33,7 +33,8 @@ class Communication:
 
     Each is a line of the log. What the policy wants and the rules decline is a warning; so are overrides that match
     nothing, and, once all graphs are known, that none of them has a collective. With `qpass.comm.debug` the ranks
-    compare their decisions before the graph runs.
+    compare their decisions before the graph runs. Graphs of a training step run with the policy's feedback, where it
+    has one, for the parameters of their first run alone.
 
     Attributes:
         graphs: the decisions, graph by graph.
@@ -47,6 +48,7 @@ class Communication:
         self._remaining = 1 + training
         self._backward = backward
         self._is_running = False
+        self._feedback = policy.feedback if training or backward else None  # inference has no gradients
         compile_id = CompileContext.current_compile_id()
         self._frame = compile_id.frame_id if compile_id is not None else object()  # recompilations share it
         self._to_compare: list[GraphDecisions] = []
@@ -54,19 +56,19 @@ class Communication:
     def compiled(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., Any]:
         """The result of ``compile(inner)``, where ``inner`` stands in for Inductor's ``compile_fx_inner``.
 
-        Raises, when it is called, if the ranks have decided differently and `qpass.comm.debug` is on:
-            AgreementError: on every rank.
+        Raises, when it is called:
+            AgreementError: the ranks have decided differently, and `qpass.comm.debug` is on; on every rank.
+            ConfigError: it sends with error feedback, and is given other parameters than at first.
         """
         take()  # what a compilation that failed has left behind
-        feedback = self.step.policy.feedback
         # AOTAutograd's cache would serve graphs without `_inner`, which binds them to the feedback.
-        with functorch_config.patch(enable_autograd_cache=False) if feedback else contextlib.nullcontext():
+        with functorch_config.patch(enable_autograd_cache=False) if self._feedback else contextlib.nullcontext():
             call = compile(self._inner)
         if not self._to_compare:  # nothing was compiled: AOTAutograd's cache had all graphs
             self._remaining = 0
             self._add(take() or [GraphDecisions(self._backward)])
         self._is_running = True
-        call = call if feedback is None else self._checked(call, feedback)
+        call = call if self._feedback is None else self._checked(call, self._feedback)
         return self._compared_first(call) if debug() else call
 
     def _inner(self, gm: Any, example_inputs: Any, **options: Any) -> Any:
@@ -76,8 +78,8 @@ class Communication:
         self.step.backward = self._backward or options.get("is_backward", False)
         self.step.gradients = _static_inputs() if options.get("is_backward") else None
         result = compile_fx_inner(gm, example_inputs, **options)
-        if (feedback := self.step.policy.feedback) is not None:
-            self._bind(result, feedback)
+        if self._feedback is not None:
+            self._bind(result, self._feedback)
         self._remaining = 0 if options.get("is_inference") else self._remaining - 1
         self._add(take() or [GraphDecisions(self.step.backward)])
         if self._is_running:  # a backward, compiled when it is first needed

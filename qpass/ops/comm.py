@@ -25,8 +25,8 @@ from qpass.ops.wire_format import CASTS, WireFormat, parse
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-ROTATED_AT_ONCE = 1 << 17
-"""Elements that are rotated at a time: what a rotation keeps between its two steps then stays in a core's cache."""
+AT_ONCE = 1 << 17
+"""Elements that are worked on at a time where there are steps: what one keeps for the next stays in a core's cache."""
 
 _library = torch.library.Library("qpass", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -69,8 +69,8 @@ def encode_into(x: Tensor, payload: Tensor, wire: WireFormat, seed: int = 0, fir
     if wire.is_cast:
         payload.view(CASTS[wire.format]).copy_(x)
         return
-    if wire.hadamard and x.numel() > max(ROTATED_AT_ONCE, wire.row):
-        for part, coded in _parts(x.numel(), wire):
+    if wire.hadamard and x.numel() > max(AT_ONCE, wire.row):
+        for part, coded in cuts(x.numel(), wire):
             encode_into(x[part], payload[coded], wire, seed, first + part.start)
         return
     kernel = encode_kernel(wire, x.dtype, x.device, x.numel())
@@ -106,8 +106,8 @@ def decode_reduce_into(payloads: Tensor, out: Tensor, wire: WireFormat, divisor:
             total = total + payload.view(CASTS[wire.format])
         out.copy_(total / divisor if divisor != 1 else total)
         return
-    if wire.hadamard and out.numel() > max(ROTATED_AT_ONCE, wire.row):
-        for part, coded in _parts(out.numel(), wire):
+    if wire.hadamard and out.numel() > max(AT_ONCE, wire.row):
+        for part, coded in cuts(out.numel(), wire):
             decode_reduce_into(payloads[:, coded], out[part], wire, divisor)
         return
     kernel = reduce_kernel(wire, out.dtype, out.device, out.numel(), len(payloads), divisor)
@@ -129,9 +129,9 @@ def decode_reduce_into(payloads: Tensor, out: Tensor, wire: WireFormat, divisor:
         out[whole * wire.row :] = values.view(-1)[:rest]
 
 
-def _parts(numel: int, wire: WireFormat) -> Iterator[tuple[slice, slice]]:
-    """Elements, and their bytes in the payload: whole rows, `ROTATED_AT_ONCE` or fewer where one row is not longer."""
-    rows = max(1, ROTATED_AT_ONCE // wire.row)
+def cuts(numel: int, wire: WireFormat) -> Iterator[tuple[slice, slice]]:
+    """Elements, and their bytes in the payload: whole rows, `AT_ONCE` or fewer where one row is not longer."""
+    rows = max(1, AT_ONCE // wire.row)
     for first in range(0, wire.rows(numel), rows):
         last = min(first + rows, wire.rows(numel))
         yield slice(first * wire.row, min(last * wire.row, numel)), slice(first * wire.width, last * wire.width)

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from qpass.errors import ConfigError, InputError
-from qpass.ops.comm import check_encode, decode_into, encode_into
+from qpass.ops.comm import check_encode, cuts, decode_into, encode_into
 from qpass.ops.wire_format import WireFormat
 
 
 class Feedback:
     """The residuals of one program's sums on this rank: ``Policy("int4", feedback=Feedback())``.
 
-    Residuals are float32, as large as what is sent. They are numbered by the compiled frame that sends them, in the
-    order of its first backward pass, and by where its gradient leaves the graph: the same program names them alike in
-    every process. Programs that are trained apart need a Feedback each.
+    Residuals are float32, as large as what is sent. ``"0/output_3"`` is named by its compiled frame, numbered as frames
+    first send, and by where its gradient leaves the graph: so the same program names them alike in every process, and
+    recompilations of a frame go on with its residuals. Programs that are trained apart need a Feedback each.
     """
 
     def __init__(self) -> None:
@@ -132,11 +132,16 @@ def residual_of(state: str, x: Tensor) -> Tensor:
 
 def encode_fed_into(x: Tensor, residual: Tensor, payload: Tensor, wire: WireFormat) -> None:
     """Write the payload of ``x + residual`` to ``payload``, and what it lacks to ``residual``; all are flat."""
-    values = x.to(torch.float32) + residual
-    encode_into(values, payload, wire)
-    decoded = torch.empty_like(values)
-    decode_into(payload, decoded, wire)
-    torch.where(decoded.isfinite(), values.sub_(decoded), residual, out=residual)
+    for part, coded in cuts(x.numel(), wire):
+        values = x[part].to(torch.float32) + residual[part]
+        encode_into(values, payload[coded], wire)
+        decoded = torch.empty_like(values)
+        decode_into(payload[coded], decoded, wire)
+        error = values.sub_(decoded)  # not finite where nothing was sent
+        if error.device.type == "cpu" and error.sum().isfinite():  # a mask takes longer than all the rest
+            residual[part].copy_(error)
+        else:
+            torch.where(error.isfinite(), error, residual[part], out=residual[part])
 
 
 def encode_fed(x: Tensor, form: str, state: str) -> Tensor:

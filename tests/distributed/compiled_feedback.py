@@ -25,7 +25,7 @@ from ranks import everywhere
 from watched import Watch, value
 
 INT4 = comm.codec("int4")
-STEPS = 64
+STEPS = 32
 
 
 def fed(feedback: comm.Feedback) -> dict[str, Any]:
@@ -41,13 +41,13 @@ def check_mean(sums: Tensor, exact: Tensor) -> None:
     once, mean = decibel(sums[0] - exact, exact), decibel(sums.mean(0) - exact, exact)
     print(f"{len(exact)} elements in int4: {once:.1f} dB, the mean of {len(sums)} sums {mean:.1f} dB", file=sys.stderr)
     assert -30 < once < -15
-    assert mean < once - 20  # the last residual, a 64th of it, is -36 dB to the error of one
+    assert mean < once - 20  # the last residual, a 32nd of it, is at -30 dB to the error of one
 
 
 def in_pieces(rank: int, world: int) -> None:
     """Terms that are known, sent in pieces: bit for bit what the definition gives, for three steps.
 
-    A second weight that came by the same graph would share the residuals of the first: it is refused.
+    A second weight that came by the same graph would share residuals with the first: it is refused, but for inference.
     """
     feedback, shard, residual = comm.Feedback(), nn.Parameter(value(5, 11, 35)), torch.zeros(world, 512)
 
@@ -74,7 +74,9 @@ def in_pieces(rank: int, world: int) -> None:
     kernel = "all_to_all of int4:32:bf16 with error feedback, summed, in 4 pieces"
     assert watch.decisions[1].kernel == kernel
     with pytest.raises(ConfigError, match="is run for other parameters than those it was first run for"):
-        compiled(x, nn.Parameter(value(5, 11, 35)))
+        compiled(x, nn.Parameter(shard.detach()))
+    with torch.no_grad():
+        assert torch.isclose(compiled(x, nn.Parameter(shard.detach())), loss(x, shard), rtol=1e-5)  # of 1,540 products
 
 
 def ddp_under_compiled_autograd(rank: int, world: int) -> None:

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qpass.comm import Feedback, codec
 from qpass.errors import ConfigError, InputError
+from qpass.ops import comm
 from qpass.ops.comm import FORMULAS
 
 ops = torch.ops.qpass
@@ -27,8 +28,11 @@ def sent(feedback: Feedback, x: Tensor, form: str, state: str = "output_0") -> T
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_rounding_takes_is_added_to_what_is_sent_next(form: str, dtype: torch.dtype) -> None:
-    """By the definition, on two rows and a part of a third, of a tensor that is transposed."""
+def test_what_rounding_takes_is_added_to_what_is_sent_next(
+    form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the definition, on two rows and a part of a third, of a tensor that is transposed; two rows at a time."""
+    monkeypatch.setattr(comm, "AT_ONCE", 256)
     feedback, how, residual = Feedback(), codec(form), torch.zeros(300)
     for step in range(4):
         x = torch.randn(30, 10, generator=torch.Generator().manual_seed(step)).to(dtype).t()
