@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from qpass import presets
 from qpass.capture_dynamo import from_dynamo
 from qpass.comm.codec import Codec
 from qpass.comm.policy import Policy, policy
-from qpass.communication import Communication
+from qpass.communication import Communication, parameters_of
 from qpass.compiled import remember
 from qpass.config import Config
 from qpass.errors import ConfigError, QpassError, StrictError, near
@@ -70,7 +69,7 @@ class Backend:
             call = communication.compiled(
                 lambda inner: compile_plain(gm, example_inputs, [communication.step], patches, inner)
             )
-            remember(None, _parameters(example_inputs), communication)
+            remember(None, parameters_of(example_inputs), communication)
             return call
         captured = from_dynamo(gm, example_inputs)
         normalize(captured.graph_module)
@@ -182,11 +181,6 @@ def needs_calibration(config: Config) -> bool:
 
 def _is_training(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
-
-
-def _parameters(example_inputs: Sequence[Any]) -> list[torch.Tensor]:
-    """The parameters among a graph's inputs; compiled autograd gives its own in lists."""
-    return [leaf for leaf in tree_leaves(list(example_inputs)) if isinstance(leaf, torch.nn.Parameter)]
 
 
 def _wrapped(example_inputs: Sequence[Any]) -> str:
