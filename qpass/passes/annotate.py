@@ -83,6 +83,9 @@ class Annotate(Pass):
         specs = wanted_specs(m, resolved)
         if not specs:
             raise NotAsked(override_reason(resolved))
+        dtypes = {source.meta["val"].dtype for source in (m.root, *(m.captures[name] for name in specs))}
+        others = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32})
+        require(not others, f"it computes in {', '.join(others)}; float32 is quantized: model.float() makes it so")
         island.check(m, constants)
         behind = island.only_behind
         if behind:

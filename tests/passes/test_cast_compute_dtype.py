@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import qpass
 from interpret import operators
 from once import run_once
 from qpass.capture import capture
@@ -118,3 +119,39 @@ def test_dynamic_parameters_are_chosen_in_float32() -> None:
         gm = road(model, torch.randn(2, 3, 4), torch.randn(2, 4, 4), config=config).quantized
         chosen = [node for node in gm.graph.nodes if "choose_qparams" in str(node.target)]
         assert [node.args[0].meta["val"].dtype for node in chosen] == [torch.float32]
+
+
+SMALLEST = torch.finfo(torch.float32).min
+"""What stands for minus infinity in a mask; bfloat16, whose largest number is smaller, rounds it to an infinity."""
+
+
+def softmax_of_filled(m: Any, scores: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
+    return torch.softmax(scores.masked_fill(hidden, SMALLEST), -1) @ x
+
+
+def softmax_of_sum(m: Any, scores: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
+    return torch.softmax(scores + torch.where(hidden, SMALLEST, 0.0).triu(0), -1) @ x
+
+
+def softmax_of_sum_with_a_buffer(m: Any, scores: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
+    return torch.softmax(scores + m.mask.unsqueeze(0), -1) @ x
+
+
+def attention(m: Any, scores: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
+    mask = (hidden.float() * SMALLEST).unsqueeze(0)
+    return torch.nn.functional.scaled_dot_product_attention(scores, scores, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("function", [softmax_of_filled, softmax_of_sum, softmax_of_sum_with_a_buffer, attention])
+@torch.no_grad()
+def test_a_row_that_is_all_masked_has_the_mean_of_all_values_and_no_nan(function: Callable[..., Any]) -> None:
+    hidden = torch.ones(4, 4, dtype=torch.bool)
+    hidden[1:, :2] = False
+    model = Do(lambda m, x, hidden: function(m, m.a(x) @ x.mT, hidden, x), a=nn.Linear(4, 4)).eval()
+    model.register_buffer("mask", hidden * SMALLEST)
+    x = torch.linspace(-2, 2, 32).reshape(2, 4, 4).sin()
+    prepared = qpass.prepare(model, (x, hidden), config=BFLOAT16)
+    expected = prepared(x, hidden)
+    # values up to 1 of which scores, probabilities and the values themselves are rounded to 8 bits
+    torch.testing.assert_close(qpass.convert(prepared)(x, hidden), expected, atol=0.03, rtol=0)
+    torch.testing.assert_close(expected[:, 0], x.mean(-2), atol=1e-6, rtol=0)
