@@ -108,7 +108,7 @@ class AssignComputeDtype(Pass):
         return any(torch.finfo(self.dtype).max < number < math.inf for number in numbers)
 
     def _is_beyond(self, gm: fx.GraphModule, node: fx.Node, low: set[fx.Node]) -> bool:
-        """Whether a float32 value may be finite and larger than any of ``dtype``; never that of a model's arithmetic."""
+        """Whether a float32 value may be finite and larger than any of ``dtype``."""
         if node.op == "get_attr":
             value = get_constant(gm, str(node.target))
             if isinstance(value, torch.nn.Parameter) or not isinstance(value, torch.Tensor) or not value.numel():
