@@ -396,8 +396,13 @@ STATIC_BACKEND = (
             "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat",
         ),
         ({"config": "int8_static"}, STATIC_BACKEND),
+        (
+            {"max_autotune": True},
+            "unknown option 'max_autotune'\n"
+            "  to do: it is Inductor's: options={'inductor': {'max_autotune': ...}}",
+        ),
     ],
-    ids=["option", "preset", "static"],
+    ids=["option", "preset", "static", "inductor"],
 )
 @torch.no_grad()
 def test_options_given_to_torch_compile(options: dict[str, Any], message: str) -> None:
@@ -406,3 +411,23 @@ def test_options_given_to_torch_compile(options: dict[str, Any], message: str) -
     assert type(raised.value.inner_exception) is ConfigError
     assert str(raised.value.inner_exception) == message
     assert str(raised.value).startswith(f"backend='qpass' raised:\nConfigError: {message}\n")
+
+
+@torch.no_grad()
+def test_an_unknown_mode_and_options_beside_a_backend_of_ones_own() -> None:
+    for given, message in (
+        (
+            {"backend": "qpass", "mode": "max-autotun"},
+            "unknown mode 'max-autotun' (did you mean 'max-autotune'?)\n"
+            "  to do: use default, lite, reduce-overhead, max-autotune-no-cudagraphs, max-autotune",
+        ),
+        (
+            {"backend": qpass.backend(), "options": {"strict": True}},
+            "torch.compile was given options beside a backend that has its own\n"
+            '  to do: give them to qpass.backend(...), or use backend="qpass"',
+        ),
+    ):
+        with pytest.raises(BackendCompilerFailed) as raised:
+            torch.compile(two(), **given)(X)
+        assert type(raised.value.inner_exception) is ConfigError
+        assert str(raised.value.inner_exception) == message

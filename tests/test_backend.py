@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections import Counter
 from typing import Any
@@ -181,6 +182,22 @@ def test_strict_refuses_a_graph_with_nothing_to_quantize() -> None:
         compiled(torch.randn(4, 8))
     assert type(raised.value.inner_exception) is StrictError
     assert str(raised.value.inner_exception).startswith("nothing in this model can be quantized")
+
+
+@pytest.mark.parametrize("name", ["qpass", "object"])
+def test_a_mode_is_options_of_inductor_and_options_of_ones_own_win(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def compile_lowered(lowered: Any, inputs: Any, *, config_patches: dict[str, Any], **_: Any) -> Any:
+        asked.update(config_patches)
+        return lambda *arguments: (torch.zeros(16, 32),)
+
+    monkeypatch.setattr(sys.modules["qpass.backend"], "compile_lowered", compile_lowered)
+    given: Any = "qpass" if name == "qpass" else qpass.backend(inductor={"coordinate_descent_tuning": False})
+    with torch.no_grad():
+        torch.compile(Mlp().eval(), backend=given, mode="max-autotune-no-cudagraphs")(torch.randn(16, 32))
+    assert asked["max_autotune"] is True
+    assert asked["coordinate_descent_tuning"] is (name == "qpass")
 
 
 # Training
