@@ -107,6 +107,13 @@ def test_values_are_read_when_the_model_reads_them(function: Callable[..., Any],
 
 
 @torch.no_grad()
+def test_rows_that_inductor_lays_out_in_columns_are_copied_for_a_kernel_that_refuses_them() -> None:
+    net = model(filled_diagonal)
+    quantized = qpass.convert(qpass.prepare(net, (X,), config=CONFIGS["weight_only"]))
+    assert decibels(net(X), torch.compile(quantized, backend="qpass")(X)) > 35
+
+
+@torch.no_grad()
 def test_a_buffer_that_the_model_writes_is_no_constant() -> None:
     def counted(m: Any, x: Tensor) -> Tensor:
         m.count[:1] += 1.0
