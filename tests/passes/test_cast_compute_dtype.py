@@ -105,6 +105,14 @@ def test_a_kernel_writes_bfloat16_once_for_a_float_reader_and_the_rounding(reade
         assert rounded.args[0].meta["val"].dtype == torch.bfloat16
 
 
+def test_a_concatenation_that_is_rounded_is_not_cast_before() -> None:
+    """As behind the skip connections of a U-Net: a cast between the codes and their reader would cost it its kernel."""
+    model = Do(lambda m, x, y: m.b(torch.cat([x @ y, m.a(x)], -1)), a=nn.Linear(4, 4), b=nn.Linear(8, 4))
+    r = road(model, torch.randn(2, 3, 4), torch.randn(2, 4, 4), config=BFLOAT16)
+    assert kernel_names(r.lowered) == ["onednn.qlinear with quantize", "onednn.qlinear"]
+    qpass.lower(r.quantized, strict=True)
+
+
 def test_without_a_compute_dtype_nothing_is_cast() -> None:
     assert "to.dtype" not in operators(road(Do(lambda m, x: m.a(x) @ x.t(), a=nn.Linear(4, 4)), X).quantized)
 
