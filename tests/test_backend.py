@@ -155,6 +155,27 @@ def test_the_default_is_int8_dynamic() -> None:
     assert near.within(result.clone())
 
 
+@torch.no_grad()
+def test_tensors_that_forward_makes_are_constants_and_keep_up_with_weights() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.fc(x) * torch.tensor([1.5, 2.5]).repeat(8)
+            doubled = torch.nn.functional.linear(x, self.fc.weight * torch.tensor(2.0))
+            branch = torch.cond(x.sum() > 0, lambda z: z * torch.tensor([3.0]).repeat(16), torch.neg, (y,))
+            return doubled, branch
+
+    model = Scaled().eval()
+    compiled = torch.compile(model, backend=qpass.backend(DYNAMIC))
+    for x in (torch.rand(8, 32), -torch.rand(8, 32)):
+        for result, expected in zip(compiled(x), model(x), strict=True):
+            assert 10 * torch.log10(expected.square().sum() / (result - expected).square().sum()) > 35
+        model.fc.weight.mul_(-3)
+
+
 def test_parts_of_a_model_that_breaks_the_graph() -> None:
     class Broken(Mlp):
         def forward(self, x: Tensor) -> Tensor:
