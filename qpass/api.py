@@ -150,7 +150,8 @@ def _refuse_misfit(prepared: torch.nn.Module, args: tuple[Any, ...], kwargs: dic
     except TypeError as error:
         raise InputError(
             f"a batch of calibrate does not fit the model's arguments: {error}",
-            hint="give the inputs alone: calibrate(prepared, (inputs for inputs, labels in loader))",
+            hint="a batch is what the model was captured with, without labels: "
+            "calibrate(prepared, (inputs for inputs, labels in loader))",
         ) from error
 
 

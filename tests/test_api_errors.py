@@ -274,7 +274,8 @@ def test_calibrate_is_given_labels_too() -> None:
     for model in (prepared(), calibrated_at_first_batch()):
         assert error_of(lambda model=model: qpass.calibrate(model, [(X, torch.zeros(3))]), InputError) == (
             "a batch of calibrate does not fit the model's arguments: too many positional arguments\n"
-            "  to do: give the inputs alone: calibrate(prepared, (inputs for inputs, labels in loader))"
+            "  to do: a batch is what the model was captured with, without labels: "
+            "calibrate(prepared, (inputs for inputs, labels in loader))"
         )
 
 
