@@ -84,6 +84,12 @@ def test_a_tensor_is_cast_once_for_all_its_readers() -> None:
     assert operators(gm).count("to.dtype(inputs_0, bfloat16)") == 1
 
 
+def test_a_sparse_constant_stays_as_it_is() -> None:
+    model = Do(lambda m, x: m.a(torch.sparse.mm(m.sparse, x)), a=nn.Linear(4, 4), sparse=torch.eye(3).to_sparse())
+    prepared = qpass.prepare(model.eval(), (X,), config=BFLOAT16)
+    assert torch.equal(prepared(X), model(X))
+
+
 def test_lists_of_results_are_cast_too() -> None:
     gm = assigned(lambda m, x: torch.add(*(x @ x.t()).split(2)[:1], 1).cumsum(0), X)
     run_once(CastComputeDtype(), gm, X)
