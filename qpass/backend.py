@@ -46,8 +46,7 @@ class Backend:
     A converted model is lowered. A float model without gradients is quantized by ``config``, which must not need
     calibration. A float model in training, or without a config, is compiled as it is. ``inductor`` are options for
     Inductor's own configuration, applied to this compilation alone; a ``mode`` of torch.compile stands for some of
-    them. ``comm`` says which collectives are compressed, in
-    the forward graph and in the backward one.
+    them. ``comm`` says which collectives are compressed, in the forward graph and in the backward one.
     """
 
     config: Config | None
