@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 import qpass
 from qpass import presets
@@ -363,72 +362,3 @@ def test_lower_is_called_on_something_else() -> None:
     assert error_of(lambda: qpass.lower(prepared()), LowerError) == (
         "lower takes a quantized graph, and this one is prepared\n  to do: call qpass.convert first"
     )
-
-
-# the backend; Dynamo wraps what a backend raises
-
-
-def test_an_unknown_option_of_the_backend() -> None:
-    assert error_of(lambda: qpass.backend("int8_dynamc"), ConfigError) == (
-        "There is no preset 'int8_dynamc' (did you mean 'int8_dynamic'?).\n"
-        "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat"
-    )
-    assert error_of(lambda: qpass.backend(inductor={"max_autotun": True}), ConfigError) == (
-        "unknown Inductor option 'max_autotun' (did you mean 'max_autotune'?)\n  to do: see torch._inductor.config"
-    )
-
-
-STATIC_BACKEND = (
-    "a static configuration needs calibration, and a float model was given to the backend\n"
-    "  to do: use qpass.prepare, calibrate and convert first, or the presets int8_dynamic or int8_weight_only"
-)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"confg": "int8_dynamic"},
-            "unknown option 'confg' (did you mean 'config'?)\n  to do: use config, target, strict, inductor, comm",
-        ),
-        (
-            {"config": "int8_dynamc"},
-            "There is no preset 'int8_dynamc' (did you mean 'int8_dynamic'?).\n"
-            "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat",
-        ),
-        ({"config": "int8_static"}, STATIC_BACKEND),
-        (
-            {"max_autotune": True},
-            "unknown option 'max_autotune'\n"
-            "  to do: it is Inductor's: options={'inductor': {'max_autotune': ...}}",
-        ),
-    ],
-    ids=["option", "preset", "static", "inductor"],
-)
-@torch.no_grad()
-def test_options_given_to_torch_compile(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(BackendCompilerFailed) as raised:
-        torch.compile(two(), backend="qpass", options=options)(X)
-    assert type(raised.value.inner_exception) is ConfigError
-    assert str(raised.value.inner_exception) == message
-    assert str(raised.value).startswith(f"backend='qpass' raised:\nConfigError: {message}\n")
-
-
-@torch.no_grad()
-def test_an_unknown_mode_and_options_beside_a_backend_of_ones_own() -> None:
-    for given, message in (
-        (
-            {"backend": "qpass", "mode": "max-autotun"},
-            "unknown mode 'max-autotun' (did you mean 'max-autotune'?)\n"
-            "  to do: use default, lite, reduce-overhead, max-autotune-no-cudagraphs, max-autotune",
-        ),
-        (
-            {"backend": qpass.backend(), "options": {"strict": True}},
-            "torch.compile was given options beside a backend that has its own\n"
-            '  to do: give them to qpass.backend(...), or use backend="qpass"',
-        ),
-    ):
-        with pytest.raises(BackendCompilerFailed) as raised:
-            torch.compile(two(), **given)(X)
-        assert type(raised.value.inner_exception) is ConfigError
-        assert str(raised.value.inner_exception) == message
