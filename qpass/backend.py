@@ -44,8 +44,8 @@ class Backend:
 
     A converted model is lowered. A float model without gradients is quantized by ``config``, which must not need
     calibration. A float model in training, or without a config, is compiled as it is. ``inductor`` are options for
-    Inductor's own configuration, applied to this compilation alone. ``comm`` says which collectives are compressed, in
-    the forward graph and in the backward one.
+    Inductor's own configuration, applied to this compilation alone; a ``mode`` of torch.compile stands for some of
+    them. ``comm`` says which collectives are compressed, in the forward graph and in the backward one.
     """
 
     config: Config | None
@@ -54,7 +54,20 @@ class Backend:
     inductor: tuple[tuple[str, Any], ...] = ()
     comm: Policy | None = None
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None
+    ) -> Callable[..., Any]:
+        if options:
+            raise ConfigError(
+                "torch.compile was given options beside a backend that has its own",
+                hint='give them to qpass.backend(...), or use backend="qpass"',
+            )
+        if mode is not None:
+            modes = torch._inductor.list_mode_options()
+            if mode not in modes:
+                raise ConfigError(f"unknown mode {mode!r}{near(mode, modes)}", hint=f"use {', '.join(modes)}")
+            inductor = modes[mode] | dict(self.inductor)
+            return replace(self, inductor=tuple(sorted(inductor.items())))(gm, example_inputs)
         training = _is_training(example_inputs)
         in_float = training or (self.config is None and not _has_qdq(gm))
         if not in_float and (kind := _wrapped(example_inputs)) and not _has_qdq(gm):
@@ -75,16 +88,16 @@ class Backend:
         normalize(captured.graph_module)
         lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
         weights = [example_inputs[index] for index in captured.bindings.values()]
-        options: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "capture": captured, "decompositions": table(), "config_patches": {**EXACT, **dict(self.inductor)},
         }  # fmt: skip
         if self.comm is None:
             remember(lowered, weights)
-            return compile_lowered(lowered, example_inputs, **options)
+            return compile_lowered(lowered, example_inputs, **settings)
         communication = self._communication(gm, self.comm, training)
         call = communication.compiled(
             lambda inner: compile_lowered(
-                lowered, example_inputs, post_grad=[communication.step], inner=inner, **options
+                lowered, example_inputs, post_grad=[communication.step], inner=inner, **settings
             )
         )
         remember(lowered, weights, communication)
@@ -149,15 +162,22 @@ def backend(
 
 
 def qpass_backend(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """The entry point behind ``backend="qpass"``; ``options`` are the arguments of :func:`backend`."""
     given = dict(options or {})
     known = [field.name for field in fields(Backend)]
     for name in given:
         if name not in known:
-            raise ConfigError(f"unknown option {name!r}{near(name, known)}", hint=f"use {', '.join(known)}")
-    return backend(**given)(gm, example_inputs)
+            hint = f"use {', '.join(known)}"
+            if name in torch._inductor.config.get_config_copy():
+                hint = f"it is Inductor's: options={{'inductor': {{{name!r}: ...}}}}"
+            raise ConfigError(f"unknown option {name!r}{near(name, known)}", hint=hint)
+    return backend(**given)(gm, example_inputs, mode=mode)
 
 
 def accounted(graph: fx.GraphModule, target: str) -> fx.GraphModule:
