@@ -1,16 +1,18 @@
 """Sharded training with its collectives inside the compiled graph, and those in int8: SimpleFSDP.
 
     torchrun --nproc-per-node 2 examples/train_simple_fsdp.py
+    torchrun --nproc-per-node 2 examples/train_simple_fsdp.py --codec int4 --feedback
 
 Every parameter is a DTensor, cut between the ranks, and is gathered where the model reads it; the backward pass sums
 the gradient and cuts it again. Since ``torch.compile`` sees all of that, the compiler can compress it: the same small
 transformer is trained from the same weights on the same text, once by ``backend="inductor"`` and once by
-``backend="qpass"``, forward and backward.
+``backend="qpass"``, forward and backward. With ``--feedback`` what rounding takes from a gradient goes with the next.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +44,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def train_with(backend: str, options: dict[str, str] | None, steps: int, layers: int) -> tuple[Run, nn.Module]:
+def train_with(backend: str, options: dict[str, Any] | None, steps: int, layers: int) -> tuple[Run, nn.Module]:
     """Train from seed 0; returns also the compiled model."""
     torch.manual_seed(0)
     model = shard(CharacterModel(layers), init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -55,12 +57,15 @@ def main() -> dict[str, Run]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--codec", default="int8", help="of weights and gradients")
+    parser.add_argument("--feedback", action="store_true", help="error feedback for gradients")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     inductor, _ = train_with("inductor", None, options.steps, options.layers)
-    int8, compiled = train_with("qpass", {"comm": "int8"}, options.steps, options.layers)
-    runs = {"inductor": inductor, "qpass int8": int8}
+    policy = qpass.comm.Policy(options.codec, feedback=qpass.comm.Feedback() if options.feedback else None)
+    coded, compiled = train_with("qpass", {"comm": policy}, options.steps, options.layers)
+    runs = {"inductor": inductor, f"qpass {options.codec}": coded}
     if dist.get_rank() == 0:
         title = f"{options.steps} steps of SimpleFSDP on {dist.get_world_size()} ranks, loss on unseen text"
         print_runs(title, "compiled by", runs)

@@ -5,6 +5,7 @@ A sum that is rounded again, ``encode(wait(all_reduce(decode(p))))``, is licence
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,9 +14,8 @@ from torch import fx
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
 from qpass.graph.sizes import argument, is_known, sizes
-from qpass.patterns.reduce_scatter import SUMS
-from qpass.rewrite.coded import ENCODE, reduced
-from qpass.rewrite.collective import c10d, ops
+from qpass.rewrite.coded import ENCODERS, reduced
+from qpass.rewrite.collective import SUMS, c10d, ops
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule, require
@@ -42,7 +42,7 @@ class AllReduceOneShot(Rule):
         collective = issued_by(m.root)
         world, place = world_of(collective), {"like": m.root, "before": m.root}
         coded = payload_of(collective, 1)
-        how = f"all_gather of {coded.wire}, summed"
+        how = f"all_gather of {coded.form}, summed"
         issue = send(edit, collective, coded.payload, how, ops.all_gather_into_tensor.default, world)
         payloads = wait_for(edit, issue, **place)
         shape, dtype = result_shape(edit, collective, **place), m.root.meta["val"].dtype
@@ -52,11 +52,13 @@ class AllReduceOneShot(Rule):
 class AllReduceTwoShot(Rule):
     """encode(wait(all_reduce(decode(p))))  ->  wait(all_gather(encode(decode_reduce(wait(all_to_all(p))))))
 
-    Each rank sums as many rows as any other, zeros behind the last of them. Exact as the one-shot form is.
+    Each rank sums as many rows as any other, zeros behind the last of them. Exact as the one-shot form is. Where the
+    sum is fed back what rounding took from it, each rank keeps that of its rows.
     """
 
-    def pattern(self, x: Any, op: Any, group: Any, form: Any, seed: Any) -> Expr:
-        return Expr(ENCODE, (c10d.wait_tensor(c10d.all_reduce(x, op, group)), form, seed), {})
+    def pattern(self, x: Any, op: Any, group: Any, form: Any, last: Any) -> Iterable[Expr]:
+        total = c10d.wait_tensor(c10d.all_reduce(x, op, group))
+        return [Expr(encode, (total, form, last), {}) for encode in ENCODERS]
 
     def check(self, m: Match, constants: Constants) -> None:
         collective = issued_by(m.nodes[-2])
@@ -82,12 +84,13 @@ class AllReduceTwoShot(Rule):
         if padding != 0:
             pad = [0, argument(padding)]
             sent = edit.call(aten.constant_pad_nd.default, sent, pad, like=wait, before=collective.node)
-        issue = exchange(edit, collective, sent, f"all_to_all of {wire}, summed, all_gather", world)
+        issue = exchange(edit, collective, sent, f"all_to_all of {coded.form}, summed, all_gather", world)
         place = {"like": wait, "before": m.root}
         parts = wait_for(edit, issue, like=wait, before=wait)
         own = (rows * wire.row,)
         total = reduced(edit, parts, wire, world, own, torch.float32, m.op == "avg", **place)
-        payload = edit.call(ENCODE, total, m.form, **place)
+        encode: Any = m.root.target
+        payload = edit.call(encode, total, *m.root.args[1:], **place)
         gathered = edit.call(ops.all_gather_into_tensor.default, payload, world, group, **place)
         payloads = wait_for(edit, gathered, **place)
         return edit.call(aten.slice.Tensor, payloads, 0, 0, argument(size), **place) if padding != 0 else payloads

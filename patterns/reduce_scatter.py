@@ -9,14 +9,11 @@ from torch import fx
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
 from qpass.rewrite.coded import reduced
-from qpass.rewrite.collective import c10d
+from qpass.rewrite.collective import SUMS, c10d
 from qpass.rewrite.expression import Expr
 from qpass.rewrite.match import Match
 from qpass.rewrite.rule import Rule, require
 from qpass.rewrite.transfer import exchange, issued_by, payload_of, result_shape, wait_for, world_of
-
-SUMS = ("sum", "avg")
-"""The reductions that can be taken over decoded payloads; a maximum could, too, but saves no error."""
 
 
 class ReduceScatterPayloads(Rule):
@@ -36,7 +33,7 @@ class ReduceScatterPayloads(Rule):
         collective = issued_by(m.root)
         world, place = world_of(collective), {"like": m.root, "before": m.root}
         coded = payload_of(collective, world)
-        issue = exchange(edit, collective, coded.payload, f"all_to_all of {coded.wire}, summed", world)
+        issue = exchange(edit, collective, coded.payload, f"all_to_all of {coded.form}, summed", world)
         payloads = wait_for(edit, issue, **place)
         shape, dtype = result_shape(edit, collective, **place), m.root.meta["val"].dtype
         return reduced(edit, payloads, coded.wire, world, shape, dtype, m.op == "avg", **place)

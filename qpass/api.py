@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def prepare(
             "comm is decided where a graph is compiled, and prepare was given a config with comm",
             hint='leave it out here, and give it to torch.compile(..., backend="qpass", options={"comm": ...})',
         )
+    if isinstance(model, FirstBatch):
+        raise InputError("the model is prepared already", hint="start again from the float model")
     if not isinstance(model, (torch.nn.Module, ExportedProgram)):
         raise InputError(
             f"prepare takes an nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}",
@@ -77,12 +80,13 @@ def prepare(
 
 
 def calibrate(prepared: torch.nn.Module, batches: Iterable[Any], *, progress: bool | None = None) -> torch.nn.Module:
-    """Run ``prepared`` on each batch without gradients: a tensor, a tuple of arguments, or a dict of keyword arguments.
+    """Run ``prepared`` on each batch without gradients: a tensor, a tuple of arguments, or a mapping by keyword.
 
     ``progress`` None shows a bar on a terminal or in a notebook and is silent elsewhere. Returns ``prepared``.
 
     Raises:
-        InputError: ``prepared`` observes nothing, or ``batches`` is one batch and not several.
+        InputError: ``prepared`` observes nothing, ``batches`` is one batch and not several, or a batch does not fit
+            the model's arguments, as one with labels does not.
     """
     from tqdm.auto import tqdm
 
@@ -91,19 +95,17 @@ def calibrate(prepared: torch.nn.Module, batches: Iterable[Any], *, progress: bo
             f"calibrate takes a prepared model, and this {type(prepared).__name__} observes nothing",
             hint="call qpass.prepare on the model first",
         )
-    if isinstance(batches, (torch.Tensor, dict)):
+    if isinstance(batches, (torch.Tensor, Mapping)):
         raise InputError(
             f"calibrate takes an iterable of batches, and this is one {type(batches).__name__}",
             hint="pass a list of batches: [batch]",
         )
     with torch.no_grad():
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=None if progress is None else not progress):
-            if isinstance(batch, dict):
-                prepared(**batch)
-            elif isinstance(batch, (tuple, list)):
-                prepared(*batch)
-            else:
-                prepared(batch)
+            kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+            args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+            _refuse_misfit(prepared, args, kwargs)
+            prepared(*args, **kwargs)
     return prepared
 
 
@@ -138,6 +140,19 @@ def lower(quantized: fx.GraphModule, *, target: str = "", strict: bool = False) 
             f"lower takes the result of convert, not {type(quantized).__name__}", hint="call qpass.convert first"
         )
     return lower_graph(quantized, target, strict)
+
+
+def _refuse_misfit(prepared: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise InputError where a batch is not what ``forward`` takes; before the first batch that is not known."""
+    captured = prepared.built if isinstance(prepared, FirstBatch) and prepared.built is not None else prepared
+    try:
+        inspect.signature(captured.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"a batch of calibrate does not fit the model's arguments: {error}",
+            hint="a batch is what the model was captured with, without labels: "
+            "calibrate(prepared, (inputs for inputs, labels in loader))",
+        ) from error
 
 
 def _observes(name: str, module: torch.nn.Module) -> bool:

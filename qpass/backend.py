@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from qpass import presets
 from qpass.capture_dynamo import from_dynamo
 from qpass.comm.codec import Codec
 from qpass.comm.policy import Policy, policy
-from qpass.communication import Communication
+from qpass.communication import Communication, parameters_of
 from qpass.compiled import remember
 from qpass.config import Config
 from qpass.errors import ConfigError, QpassError, StrictError, near
@@ -45,8 +44,8 @@ class Backend:
 
     A converted model is lowered. A float model without gradients is quantized by ``config``, which must not need
     calibration. A float model in training, or without a config, is compiled as it is. ``inductor`` are options for
-    Inductor's own configuration, applied to this compilation alone. ``comm`` says which collectives are compressed, in
-    the forward graph and in the backward one.
+    Inductor's own configuration, applied to this compilation alone; a ``mode`` of torch.compile stands for some of
+    them. ``comm`` says which collectives are compressed, in the forward graph and in the backward one.
     """
 
     config: Config | None
@@ -55,7 +54,20 @@ class Backend:
     inductor: tuple[tuple[str, Any], ...] = ()
     comm: Policy | None = None
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Any = None
+    ) -> Callable[..., Any]:
+        if options:
+            raise ConfigError(
+                "torch.compile was given options beside a backend that has its own",
+                hint='give them to qpass.backend(...), or use backend="qpass"',
+            )
+        if mode is not None:
+            modes = torch._inductor.list_mode_options()
+            if mode not in modes:
+                raise ConfigError(f"unknown mode {mode!r}{near(mode, modes)}", hint=f"use {', '.join(modes)}")
+            inductor = modes[mode] | dict(self.inductor)
+            return replace(self, inductor=tuple(sorted(inductor.items())))(gm, example_inputs)
         training = _is_training(example_inputs)
         in_float = training or (self.config is None and not _has_qdq(gm))
         if not in_float and (kind := _wrapped(example_inputs)) and not _has_qdq(gm):
@@ -70,22 +82,22 @@ class Backend:
             call = communication.compiled(
                 lambda inner: compile_plain(gm, example_inputs, [communication.step], patches, inner)
             )
-            remember(None, _parameters(example_inputs), communication)
+            remember(None, parameters_of(example_inputs), communication)
             return call
         captured = from_dynamo(gm, example_inputs)
         normalize(captured.graph_module)
         lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
         weights = [example_inputs[index] for index in captured.bindings.values()]
-        options: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "capture": captured, "decompositions": table(), "config_patches": {**EXACT, **dict(self.inductor)},
         }  # fmt: skip
         if self.comm is None:
             remember(lowered, weights)
-            return compile_lowered(lowered, example_inputs, **options)
+            return compile_lowered(lowered, example_inputs, **settings)
         communication = self._communication(gm, self.comm, training)
         call = communication.compiled(
             lambda inner: compile_lowered(
-                lowered, example_inputs, post_grad=[communication.step], inner=inner, **options
+                lowered, example_inputs, post_grad=[communication.step], inner=inner, **settings
             )
         )
         remember(lowered, weights, communication)
@@ -150,15 +162,22 @@ def backend(
 
 
 def qpass_backend(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """The entry point behind ``backend="qpass"``; ``options`` are the arguments of :func:`backend`."""
     given = dict(options or {})
     known = [field.name for field in fields(Backend)]
     for name in given:
         if name not in known:
-            raise ConfigError(f"unknown option {name!r}{near(name, known)}", hint=f"use {', '.join(known)}")
-    return backend(**given)(gm, example_inputs)
+            hint = f"use {', '.join(known)}"
+            if name in torch._inductor.config.get_config_copy():
+                hint = f"it is Inductor's: options={{'inductor': {{{name!r}: ...}}}}"
+            raise ConfigError(f"unknown option {name!r}{near(name, known)}", hint=hint)
+    return backend(**given)(gm, example_inputs, mode=mode)
 
 
 def accounted(graph: fx.GraphModule, target: str) -> fx.GraphModule:
@@ -182,11 +201,6 @@ def needs_calibration(config: Config) -> bool:
 
 def _is_training(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
-
-
-def _parameters(example_inputs: Sequence[Any]) -> list[torch.Tensor]:
-    """The parameters among a graph's inputs; compiled autograd gives its own in lists."""
-    return [leaf for leaf in tree_leaves(list(example_inputs)) if isinstance(leaf, torch.nn.Parameter)]
 
 
 def _wrapped(example_inputs: Sequence[Any]) -> str:

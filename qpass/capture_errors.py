@@ -32,6 +32,11 @@ _HINTS = (
         " torch._check to bound a size",
     ),
     (
+        r"Cache'?> in output",
+        "call a transformers model without its cache: use_cache=False among the kwargs, or in its config",
+    ),
+    (r"numpy\.", "pass tensors: torch.from_numpy(array)"),
+    (
         r"register_dataclass|register a pytree|not a known type",
         "register the class once, before this call: torch.export.register_dataclass(TheClass)",
     ),

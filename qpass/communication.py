@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
+from torch._functorch import config as functorch_config
+from torch._guards import CompileContext, TracingContext
+from torch.utils._pytree import tree_leaves
 
 from qpass.comm.agreement import agree_on_plan, debug
 from qpass.comm.group import group_of, process_group
 from qpass.comm.policy import Policy
 from qpass.compress import CompressCollectives, places_of
 from qpass.decisions import GraphDecisions, take, unmatched
+from qpass.ops.feedback import Feedback
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +33,8 @@ class Communication:
 
     Each is a line of the log. What the policy wants and the rules decline is a warning; so are overrides that match
     nothing, and, once all graphs are known, that none of them has a collective. With `qpass.comm.debug` the ranks
-    compare their decisions before the graph runs.
+    compare their decisions before the graph runs. Graphs of a training step run with the policy's feedback, where it
+    has one, for the parameters of their first run alone.
 
     Attributes:
         graphs: the decisions, graph by graph.
@@ -41,20 +48,27 @@ class Communication:
         self._remaining = 1 + training
         self._backward = backward
         self._is_running = False
+        self._feedback = policy.feedback if training or backward else None  # inference has no gradients
+        compile_id = CompileContext.current_compile_id()
+        self._frame = compile_id.frame_id if compile_id is not None else object()  # recompilations share it
         self._to_compare: list[GraphDecisions] = []
 
     def compiled(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., Any]:
         """The result of ``compile(inner)``, where ``inner`` stands in for Inductor's ``compile_fx_inner``.
 
-        Raises, when it is called, if the ranks have decided differently and `qpass.comm.debug` is on:
-            AgreementError: on every rank.
+        Raises, when it is called:
+            AgreementError: the ranks have decided differently, and `qpass.comm.debug` is on; on every rank.
+            ConfigError: it sends with error feedback, and is given other parameters than at first.
         """
         take()  # what a compilation that failed has left behind
-        call = compile(self._inner)
+        # AOTAutograd's cache would serve graphs without `_inner`, which binds them to the feedback.
+        with functorch_config.patch(enable_autograd_cache=False) if self._feedback else contextlib.nullcontext():
+            call = compile(self._inner)
         if not self._to_compare:  # nothing was compiled: AOTAutograd's cache had all graphs
             self._remaining = 0
             self._add(take() or [GraphDecisions(self._backward)])
         self._is_running = True
+        call = call if self._feedback is None else self._checked(call, self._feedback)
         return self._compared_first(call) if debug() else call
 
     def _inner(self, gm: Any, example_inputs: Any, **options: Any) -> Any:
@@ -62,12 +76,34 @@ class Communication:
 
         take()
         self.step.backward = self._backward or options.get("is_backward", False)
+        self.step.gradients = _static_inputs() if options.get("is_backward") else None
         result = compile_fx_inner(gm, example_inputs, **options)
+        if self._feedback is not None:
+            self._bind(result, self._feedback)
         self._remaining = 0 if options.get("is_inference") else self._remaining - 1
         self._add(take() or [GraphDecisions(self.step.backward)])
         if self._is_running:  # a backward, compiled when it is first needed
             self._compare()
         return result
+
+    def _bind(self, result: Any, feedback: Feedback) -> None:
+        """Run the graph with the residuals of its frame. Its artifact is new at every hit of Inductor's cache, too."""
+        run = getattr(result, "current_callable", None)
+        if run is None:  # a graph that calls nothing is no artifact
+            return
+
+        def bound(inputs: Any) -> Any:
+            with feedback.bound(self._frame):
+                return run(inputs)
+
+        result.current_callable = bound
+
+    def _checked(self, call: Callable[..., Any], feedback: Feedback) -> Callable[..., Any]:
+        def checked(*arguments: Any) -> Any:
+            feedback.serve(self._frame, parameters_of(arguments))
+            return call(*arguments)
+
+        return checked
 
     def _add(self, found: list[GraphDecisions]) -> None:
         self.graphs += found
@@ -110,3 +146,14 @@ def conclusions(communications: Sequence[Communication]) -> list[str]:
         return []
     graphs = [decisions for each in communications for decisions in each.graphs]
     return unmatched(graphs) if any(decisions.records for decisions in graphs) else [NONE]
+
+
+def parameters_of(arguments: Sequence[Any]) -> list[torch.Tensor]:
+    """The parameters among a graph's arguments; compiled autograd gives its own in lists."""
+    return [leaf for leaf in tree_leaves(list(arguments)) if isinstance(leaf, torch.nn.Parameter)]
+
+
+def _static_inputs() -> tuple[int, ...] | None:
+    """The inputs of the forward graph that are weights; a backward graph gives their gradients in the same places."""
+    context = TracingContext.try_get()
+    return tuple(context.fw_metadata.static_input_indices) if context and context.fw_metadata else None

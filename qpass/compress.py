@@ -8,7 +8,7 @@ and what follows from it (:mod:`qpass.passes.lower_collectives`) are passes of t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from qpass.rewrite.collective import KINDS, is_other_collective
 def compress(
     gm: fx.GraphModule, comm: str | Codec | Policy | Mapping[str, Any], *, backward: bool = False,
     strict: bool = False, inductor: bool = False, seen: Seen | None = None,
+    gradients: Collection[int] | None = None,
 ) -> fx.GraphModule:  # fmt: skip
     """Compress the functional collectives of ``gm``, in place, and return it; `collectives` tells what became of each.
 
@@ -47,7 +48,9 @@ def compress(
     of a training step this is. ``inductor`` makes the graph ready for Inductor: large transfers go in pieces, small
     ones are joined, and where the policy says ``fuse``, all other codecs are written out in ATen; without it the graph
     calls ``qpass::encode``, ``decode`` and ``decode_reduce``. For a policy that is meant for other graphs, too,
-    ``seen`` is what `seen_in` found in this one: then an override may match nothing.
+    ``seen`` is what `seen_in` found in this one: then an override may match nothing. ``gradients`` are the outputs of a
+    backward graph that are gradients of parameters, None for all; a graph that sends with feedback is run ``with
+    feedback.bound()``.
 
     Raises:
         ConfigError: an override of the policy matches no collective; ``gm`` is as it was.
@@ -57,7 +60,7 @@ def compress(
     if seen is None:
         refuse_unmatched(seen_in(gm, wanted, backward).looked_for(wanted.overrides))
     # What others rounded or cast is sent narrow first, so that nothing is rounded twice on its way.
-    steps: list[Pass] = [LowerCollectives(), InsertCodecs(wanted, backward), LowerCollectives()]
+    steps: list[Pass] = [LowerCollectives(), InsertCodecs(wanted, backward, gradients), LowerCollectives()]
     watching = watch(gm, "lowered")
     if inductor and not _inductor_schedules():
         steps.append(SplitTransfers())
@@ -84,14 +87,15 @@ def collectives(gm: fx.GraphModule) -> list[NodeRecord]:
 class CompressCollectives(CustomGraphPass):
     """:func:`compress` in Inductor, for each graph of a compilation; the decisions are kept with the compiled graph.
 
-    ``backward`` is set to what the next graph is. ``places`` stands for the modules of the program (`places_of`), which
-    a policy may name and Inductor's key leaves out.
+    ``backward`` and ``gradients`` are set to what the next graph is, as for `compress`. ``places`` stands for the
+    modules of the program (`places_of`), which a policy may name and Inductor's key leaves out.
     """
 
     def __init__(self, comm: Policy, strict: bool = False, backward: bool = False, places: str = "") -> None:
         self.policy = comm
         self.strict = strict
         self.backward = backward
+        self.gradients: tuple[int, ...] | None = None
         self.places = places
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -101,13 +105,14 @@ class CompressCollectives(CustomGraphPass):
         assert gm is not None
         stable_topological_sort(graph)  # Inductor's fusion of DDP's collectives leaves that to what comes after
         seen = seen_in(gm, self.policy, self.backward)
-        compress(gm, self.policy, backward=self.backward, strict=self.strict, inductor=True, seen=seen)
+        how: Any = {"backward": self.backward, "gradients": self.gradients}
+        compress(gm, self.policy, strict=self.strict, inductor=True, seen=seen, **how)
         overrides = tuple(seen.looked_for(self.policy.overrides))
         keep(GraphDecisions(self.backward, tuple(collectives(gm)), overrides))
 
     def uuid(self) -> str:
         """What a cached graph depends on: policy, modules, the groups as they are now, torch, every source of qpass."""
-        settings = (self.policy, self.strict, self.backward, self.places, groups(), torch.__version__)
+        settings = (self.policy, self.strict, self.backward, self.gradients, self.places, groups(), torch.__version__)
         return repr((*settings, get_hash_for_files(tuple(_sources()))))
 
 

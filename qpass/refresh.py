@@ -60,8 +60,10 @@ class LiveConstants:
         self._fixed: dict[int, Tensor] = {}
         self._steps: list[_Step] = []
         self._derived: dict[int, int] = {}
-        for region in regions(gm):
-            self._add_region(region)
+        lowered = list(regions(gm))
+        captured = list(regions(capture.graph_module)) if capture is not None else []
+        for index, region in enumerate(lowered):
+            self._add_region(region, captured[index] if len(captured) == len(lowered) else region)
         self._leaves = sorted({key for step in self._steps for key in step.sources if key[0] != "derived"})
         self._pick = pick([number for kind, number in self._leaves if kind == "argument"])
         self._rest = tuple(self._fixed[number] for kind, number in self._leaves if kind == "tensor")
@@ -139,23 +141,25 @@ class LiveConstants:
         )
         return _Weights(before.watch, values, held)
 
-    def _add_region(self, region: fx.GraphModule) -> None:
+    def _add_region(self, region: fx.GraphModule, captured: fx.GraphModule) -> None:
+        """Take the derivations of a region; what it reads no longer is in the same region as it was captured."""
         numbers: dict[str, int] = {}
         for name, derived in derived_constants(region).items():
             constant = _find(region, name)
-            sources = tuple(self._source(region, source, numbers) for source in derived.sources)
+            sources = tuple(self._source(region, captured, source, numbers) for source in derived.sources)
             numbers[name] = len(self._steps)
             if constant is not None:
                 self._derived[id(constant)] = len(self._steps)
             self._steps.append(_Step(sources, derived.compute, constant))
 
-    def _source(self, region: fx.GraphModule, name: str, numbers: dict[str, int]) -> _Key:
+    def _source(self, region: fx.GraphModule, captured: fx.GraphModule, name: str, numbers: dict[str, int]) -> _Key:
         """Where ``name`` comes from: a derivation, an argument (of that name, or that very tensor), the graph."""
         if name in numbers:
             return "derived", numbers[name]
         tensor = _find(region, name)
         if tensor is None and name in self._bindings:
             return "argument", self._bindings[name]
+        tensor = _find(captured, name) if tensor is None else tensor  # a tensor that forward makes, torch.tensor(0.5)
         if tensor is None:
             raise LowerError(f"a constant is derived from {name}, which the graph does not hold")
         if id(tensor) in self._derived:

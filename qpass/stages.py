@@ -46,7 +46,7 @@ def prepare_graph(captured: fx.GraphModule, config: Config, target: str, partial
     dtype = resolve_compute_dtype(config)
     expands = registry.get(target).attention_by_matmul()
     casts = () if dtype is None else (AssignComputeDtype(dtype, expands),)
-    passes = (SetDropoutAside(), annotate, *casts, InsertObservers(), InsertModes())
+    passes = (SetDropoutAside(), annotate, InsertObservers(), *casts, InsertModes())
     Pipeline("prepared", passes).run(gm)
     seen = annotate.seen
     fault = unmatched(config, seen.overrides, seen.paths, seen.ops, seen.paths.values())

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 from qpass.graph.text import graph_text
+from qpass.ops.feedback import Feedback
 from qpass.rewrite.collective import WORLD_KEY, ops
 from qpass.rewrite.match import normalized
 from qpass.rewrite.rule import Applied, Rule, apply_rules
@@ -60,8 +61,13 @@ def text(gm: fx.GraphModule) -> list[str]:
     return [line for line in lines if not line.endswith("= input")]
 
 
-def lockstep(gm: fx.GraphModule, ranks: Sequence[Sequence[Tensor]]) -> list[Any]:
-    """The result of every rank; ``ranks`` are the inputs of each. Every ``val`` is held against what was computed."""
+def lockstep(
+    gm: fx.GraphModule, ranks: Sequence[Sequence[Tensor]], feedbacks: Sequence[Feedback] | None = None
+) -> list[Any]:
+    """The result of every rank; ``ranks`` are the inputs of each. Every ``val`` is held against what was computed.
+
+    ``feedbacks`` hold the residuals of each.
+    """
     everyone: list[dict[fx.Node, Any]] = [{} for _ in ranks]
     symbols: list[dict[Any, int]] = [{} for _ in ranks]
     for index, node in enumerate(gm.graph.nodes):
@@ -74,7 +80,10 @@ def lockstep(gm: fx.GraphModule, ranks: Sequence[Sequence[Tensor]]) -> list[Any]
             results = _COLLECTIVES[node.target]([each.get("input", each.get("inputs")) for each in given], given)
         else:
             given = [fx.node.map_arg((node.args, node.kwargs), env.__getitem__) for env in everyone]
-            results = [node.target(*args, **kwargs) for args, kwargs in given]
+            results = []
+            for (args, kwargs), feedback in zip(given, feedbacks or [Feedback() for _ in ranks], strict=True):
+                with feedback.bound():
+                    results.append(node.target(*args, **kwargs))
         for env, known, result in zip(everyone, symbols, results, strict=True):
             for val, part in zip(tree_leaves(node.meta.get("val")), tree_leaves(result), strict=True):
                 assert _form(val, part, known) == _form(part, part, known), node.format_node()

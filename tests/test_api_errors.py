@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 import qpass
 from qpass import presets
@@ -227,7 +228,8 @@ def test_prepare_is_given_inputs_of_another_kind() -> None:
 
 def test_prepare_is_given_a_prepared_or_quantized_model() -> None:
     again = "  to do: start again from the float model"
-    assert error_of(lambda: prepared(prepared()), InputError) == f"the model is prepared already\n{again}"
+    for model in (prepared(), qpass.prepare(two())):
+        assert error_of(lambda model=model: prepared(model), InputError) == f"the model is prepared already\n{again}"
     assert error_of(lambda: prepared(quantized()), InputError) == f"the model is quantized already\n{again}"
 
 
@@ -235,6 +237,18 @@ def test_a_config_of_another_kind() -> None:
     assert error_of(lambda: prepared(config=8), InputError) == (
         "A config is a Config or the name of a preset, not int.\n"
         "  to do: pass one of int8_static, int8_dynamic, int8_weight_only, int8_qat, or build a qpass.Config"
+    )
+
+
+# pickle
+
+
+@pytest.mark.parametrize("make", [prepared, quantized])
+def test_a_graph_is_pickled(make: Callable[[], Any]) -> None:
+    assert error_of(lambda: pickle.dumps(make()), InputError) == (
+        "Two is a graph of qpass, and pickle would lose what was decided about it\n"
+        "  to do: write a quantized one with qpass.save; of a prepared one keep the state_dict(), and load it into the "
+        "result of the same call of qpass.prepare"
     )
 
 
@@ -255,6 +269,25 @@ def test_calibrate_is_given_one_batch(batch: Any, kind: str) -> None:
     )
 
 
+def test_calibrate_is_given_labels_too() -> None:
+    for model in (prepared(), calibrated_at_first_batch()):
+        assert error_of(lambda model=model: qpass.calibrate(model, [(X, torch.zeros(3))]), InputError) == (
+            "a batch of calibrate does not fit the model's arguments: too many positional arguments\n"
+            "  to do: a batch is what the model was captured with, without labels: "
+            "calibrate(prepared, (inputs for inputs, labels in loader))"
+        )
+
+
+def calibrated_at_first_batch() -> nn.Module:
+    return qpass.calibrate(qpass.prepare(two()), [X])
+
+
+def test_keyword_arguments_come_in_any_mapping() -> None:
+    model = prepared()
+    qpass.calibrate(model, [UserDict(x=X)])
+    qpass.convert(model)
+
+
 # convert
 
 
@@ -266,6 +299,17 @@ def test_observers_saw_no_data() -> None:
         f"         second (linear_1), {line}\n"
         "  to do: run the prepared model on representative batches (qpass.calibrate) that reach these places, or leave "
         "them in float with config.keep_float(module=...)"
+    )
+
+
+def test_observers_saw_nothing_finite() -> None:
+    line = "test_api_errors.py: return self.second(torch.relu(self.first(x)))"
+    model = prepared()
+    qpass.calibrate(model, [X * float("nan")])
+    assert error_of(lambda: qpass.convert(model), CalibrationError).startswith(
+        "2 observers saw no finite data\n"
+        f"  where: first (linear), {line}: NaN and infinities alone\n"
+        f"         second (linear_1), {line}: NaN and infinities alone\n"
     )
 
 
@@ -318,47 +362,3 @@ def test_lower_is_called_on_something_else() -> None:
     assert error_of(lambda: qpass.lower(prepared()), LowerError) == (
         "lower takes a quantized graph, and this one is prepared\n  to do: call qpass.convert first"
     )
-
-
-# the backend; Dynamo wraps what a backend raises
-
-
-def test_an_unknown_option_of_the_backend() -> None:
-    assert error_of(lambda: qpass.backend("int8_dynamc"), ConfigError) == (
-        "There is no preset 'int8_dynamc' (did you mean 'int8_dynamic'?).\n"
-        "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat"
-    )
-    assert error_of(lambda: qpass.backend(inductor={"max_autotun": True}), ConfigError) == (
-        "unknown Inductor option 'max_autotun' (did you mean 'max_autotune'?)\n  to do: see torch._inductor.config"
-    )
-
-
-STATIC_BACKEND = (
-    "a static configuration needs calibration, and a float model was given to the backend\n"
-    "  to do: use qpass.prepare, calibrate and convert first, or the presets int8_dynamic or int8_weight_only"
-)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"confg": "int8_dynamic"},
-            "unknown option 'confg' (did you mean 'config'?)\n  to do: use config, target, strict, inductor, comm",
-        ),
-        (
-            {"config": "int8_dynamc"},
-            "There is no preset 'int8_dynamc' (did you mean 'int8_dynamic'?).\n"
-            "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat",
-        ),
-        ({"config": "int8_static"}, STATIC_BACKEND),
-    ],
-    ids=["option", "preset", "static"],
-)
-@torch.no_grad()
-def test_options_given_to_torch_compile(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(BackendCompilerFailed) as raised:
-        torch.compile(two(), backend="qpass", options=options)(X)
-    assert type(raised.value.inner_exception) is ConfigError
-    assert str(raised.value.inner_exception) == message
-    assert str(raised.value).startswith(f"backend='qpass' raised:\nConfigError: {message}\n")

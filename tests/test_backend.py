@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections import Counter
 from typing import Any
@@ -154,6 +155,27 @@ def test_the_default_is_int8_dynamic() -> None:
     assert near.within(result.clone())
 
 
+@torch.no_grad()
+def test_tensors_that_forward_makes_are_constants_and_keep_up_with_weights() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.fc(x) * torch.tensor([1.5, 2.5]).repeat(8)
+            doubled = torch.nn.functional.linear(x, self.fc.weight * torch.tensor(2.0))
+            branch = torch.cond(x.sum() > 0, lambda z: z * torch.tensor([3.0]).repeat(16), torch.neg, (y,))
+            return doubled, branch
+
+    model = Scaled().eval()
+    compiled = torch.compile(model, backend=qpass.backend(DYNAMIC))
+    for x in (torch.rand(8, 32), -torch.rand(8, 32)):
+        for result, expected in zip(compiled(x), model(x), strict=True):
+            assert 10 * torch.log10(expected.square().sum() / (result - expected).square().sum()) > 35
+        model.fc.weight.mul_(-3)
+
+
 def test_parts_of_a_model_that_breaks_the_graph() -> None:
     class Broken(Mlp):
         def forward(self, x: Tensor) -> Tensor:
@@ -181,6 +203,22 @@ def test_strict_refuses_a_graph_with_nothing_to_quantize() -> None:
         compiled(torch.randn(4, 8))
     assert type(raised.value.inner_exception) is StrictError
     assert str(raised.value.inner_exception).startswith("nothing in this model can be quantized")
+
+
+@pytest.mark.parametrize("name", ["qpass", "object"])
+def test_a_mode_is_options_of_inductor_and_options_of_ones_own_win(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def compile_lowered(lowered: Any, inputs: Any, *, config_patches: dict[str, Any], **_: Any) -> Any:
+        asked.update(config_patches)
+        return lambda *arguments: (torch.zeros(16, 32),)
+
+    monkeypatch.setattr(sys.modules["qpass.backend"], "compile_lowered", compile_lowered)
+    given: Any = "qpass" if name == "qpass" else qpass.backend(inductor={"coordinate_descent_tuning": False})
+    with torch.no_grad():
+        torch.compile(Mlp().eval(), backend=given, mode="max-autotune-no-cudagraphs")(torch.randn(16, 32))
+    assert asked["max_autotune"] is True
+    assert asked["coordinate_descent_tuning"] is (name == "qpass")
 
 
 # Training

@@ -295,3 +295,12 @@ def test_nothing_keeps_a_captured_graph_alive() -> None:
     gone = [weakref.ref(capture(model, (images(2),))) for _ in range(3)]
     gc.collect()
     assert [reference() for reference in gone] == [None, None, None]
+
+
+def test_a_fused_encoder_layer_is_noted() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    gm, x = capture(layer, (torch.randn(2, 3, 8),)), torch.randn(4, 3, 8)
+    assert torch.equal(gm(x), layer(x)), "with gradients torch runs it as it was traced"
+    (note,) = notes(gm)
+    assert note.startswith("in evaluation without gradients torch runs nn.TransformerEncoderLayer by a fused kernel")
+    assert notes(capture(nn.Linear(8, 8), (x,))) == []

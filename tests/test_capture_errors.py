@@ -67,6 +67,25 @@ def test_an_unknown_container_says_how_to_register_it() -> None:
     assert message.endswith("register the class once, before this call: torch.export.register_dataclass(TheClass)")
 
 
+def test_a_cache_in_the_output_says_how_to_go_without() -> None:
+    class DynamicCache:
+        pass
+
+    class Decoder(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x.sin(), DynamicCache()
+
+    assert refusal(Decoder(), (torch.randn(2, 4),)).endswith(
+        "to do: call a transformers model without its cache: use_cache=False among the kwargs, or in its config"
+    )
+
+
+def test_an_array_says_how_to_make_it_a_tensor() -> None:
+    assert refusal(nn.Linear(4, 4), (torch.randn(2, 4).numpy(),)).endswith(
+        "to do: pass tensors: torch.from_numpy(array)"
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "operator", "place"),
     [(nn.Sequential(nn.Dropout(0.5)), "dropout", "0 (dropout)"), (nn.BatchNorm1d(4), "batch_norm", "batch_norm")],

@@ -13,9 +13,10 @@ from qpass.comm.fsdp import compress_fsdp
 from qpass.comm.override import Override
 from qpass.comm.policy import Policy
 from qpass.comm.work import Work
+from qpass.ops.feedback import Feedback
 
 __all__ = [
-    "Codec", "DQuantType", "Decision", "Link", "Override", "Policy", "Work", "all_gather", "all_reduce", "all_to_all",
-    "auto_quantize", "broadcast", "calibrate_link", "codec", "compress_fsdp", "ddp_hook", "debug", "decide",
-    "quantization_perchannel_hook", "quantization_pertensor_hook", "reduce_scatter",
+    "Codec", "DQuantType", "Decision", "Feedback", "Link", "Override", "Policy", "Work", "all_gather", "all_reduce",
+    "all_to_all", "auto_quantize", "broadcast", "calibrate_link", "codec", "compress_fsdp", "ddp_hook", "debug",
+    "decide", "quantization_perchannel_hook", "quantization_pertensor_hook", "reduce_scatter",
 ]  # fmt: skip

@@ -1,11 +1,12 @@
 """A collective of a graph in pieces: each is coded while others are on the wire, as the eager schedules do it.
 
-    send_pieces(x, form, parts, pieces, world, group)            -> what each piece will have received, not waited for
+    send_pieces(x, form, parts, pieces, world, group, state)     -> what each piece will have received, not waited for
     receive_pieces(received, numel, dtype, form, world, divisor) -> the sum over ranks [numel], or with divisor 0 the
                                                                     values of all ranks, one behind the other
 
 ``parts`` is 1 where every rank gets the same (an all_gather), else the ranks (an all_to_all of equal parts). A piece is
 some of the rows of every part, so codes, scales and values are those of the whole tensor sent at once, bit for bit.
+``state`` names the residual of what is sent with error feedback (`qpass.ops.feedback`), else it is "".
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from qpass.comm.schedule import CHUNK, CHUNKS
 from qpass.ops.comm import decode_into, decode_reduce_into, encode_into
+from qpass.ops.feedback import encode_fed_into, residual_of
 from qpass.ops.wire_format import WireFormat, parse
 
 _library = torch.library.Library("qpass", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library.define(
-    "send_pieces(Tensor x, str form, int parts, int pieces, int world, str group) -> Tensor[]", tags=_TAGS
+    'send_pieces(Tensor x, str form, int parts, int pieces, int world, str group, str state="") -> Tensor[]', tags=_TAGS
 )
 _library.define(
     "receive_pieces(Tensor[] received, int numel, ScalarType dtype, str form, int world, int divisor) -> Tensor",
@@ -35,16 +37,23 @@ def pieces_of(numel: int, wire: WireFormat) -> int:
     return sum(1 for _ in _elements(numel, max(1, min(CHUNKS, numel // CHUNK)), wire))
 
 
-def send_pieces(x: Tensor, form: str, parts: int, pieces: int, world: int, group: str) -> list[Tensor]:
+def send_pieces(
+    x: Tensor, form: str, parts: int, pieces: int, world: int, group: str, state: str = ""
+) -> list[Tensor]:  # fmt: skip
     """Code piece after piece and start its transfer; ``x`` may be overwritten as soon as this returns."""
     wire, functional = parse(form), torch.ops._c10d_functional
     sources = x.detach().reshape(parts, -1)
+    residuals = residual_of(state, x).view(parts, -1) if state else [None] * parts
     received = []
     for part in _elements(sources.shape[1], pieces, wire):
         size = wire.payload_bytes(len(part))
         payload = torch.empty(parts * size, dtype=torch.uint8, device=x.device)
-        for source, own in zip(sources, payload.view(parts, size), strict=True):
-            encode_into(source[part.start : part.stop], own, wire)
+        for source, residual, own in zip(sources, residuals, payload.view(parts, size), strict=True):
+            cut = slice(part.start, part.stop)
+            if residual is None:
+                encode_into(source[cut], own, wire)
+            else:
+                encode_fed_into(source[cut], residual[cut], own, wire)
         if parts == 1:
             received.append(functional.all_gather_into_tensor(payload, world, group))
         else:
@@ -76,7 +85,9 @@ def _elements(numel: int, pieces: int, wire: WireFormat) -> Iterator[range]:
 
 
 @torch.library.register_fake("qpass::send_pieces", lib=_library)
-def _send_meta(x: Tensor, form: str, parts: int, pieces: int, world: int, group: str) -> list[Tensor]:
+def _send_meta(
+    x: Tensor, form: str, parts: int, pieces: int, world: int, group: str, state: str = ""
+) -> list[Tensor]:  # fmt: skip
     wire = parse(form)
     sizes = (wire.payload_bytes(len(part)) for part in _elements(x.numel() // parts, pieces, wire))
     return [x.new_empty(world * size, dtype=torch.uint8) for size in sizes]

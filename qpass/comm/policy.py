@@ -5,6 +5,7 @@ Policy("int4:32:bf16:hadamard", kinds=("all_gather",), min_bytes=0)
 Policy("int8", link=calibrate_link(group))          what pays by the cost model
 Policy("int8").override("int4", backward=True)      another codec for the backward graphs
 Policy("int8").keep_plain(module="head")            all but those of one module
+Policy("int4", feedback=Feedback())                 sums of gradients with error feedback
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qpass.comm.codec import Codec, codec
 from qpass.comm.cost import Decision, Link, decide
 from qpass.comm.override import Override, Place, check_kind
 from qpass.errors import ConfigError, InputError, near
+from qpass.ops.feedback import Feedback
 
 MIN_BYTES = 1 << 16
 """Bytes of the whole tensor from which a collective is compressed where no link was measured: below, latency rules."""
@@ -52,9 +54,12 @@ class Policy:
             takes two to three times as long to compile. Otherwise graphs call kernels that were compiled once.
         join: send small payloads of a compiled graph together, where none depends on another. Which ones those are is
             read off the graph: switch it off where the ranks of one group run different programs.
+        feedback: what rounding takes from the sums of gradients is kept there and added at the next step, if given;
+            for one program's policy, and to be checkpointed on every rank. It costs a float32 copy of what is sent and
+            a second coding. Sums whose elements are others at every step, as of activations, do without, and say so.
 
     Raises:
-        ConfigError: no such codec or kind, or a stochastic codec.
+        ConfigError: no such codec or kind, a stochastic codec, or no `Feedback`.
     """
 
     codec: Codec
@@ -64,6 +69,7 @@ class Policy:
     overrides: tuple[Override, ...] = ()
     fuse: bool = False
     join: bool = True
+    feedback: Feedback | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "codec", codec(self.codec))
@@ -74,6 +80,9 @@ class Policy:
         for override in self.overrides:
             if not isinstance(override, Override):
                 raise ConfigError(f"Policy overrides must be qpass.comm.Override objects, not {override!r}.")
+        if not isinstance(self.feedback, Feedback | None):
+            what = f"A policy's feedback is a qpass.comm.Feedback, not {type(self.feedback).__name__}."
+            raise ConfigError(what, hint="make one, hand it to the policy and checkpoint it: feedback=Feedback()")
         for each in (self.codec, *(override.codec for override in self.overrides)):
             if each is not None and each.stochastic:
                 what = f"A graph has one seed for all its calls, and {each} needs a new one each."

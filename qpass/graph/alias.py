@@ -6,6 +6,7 @@ of the fake values in ``meta["val"]``, and a list of operators that may return a
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -81,6 +82,17 @@ def storages(node: fx.Node) -> list[int]:
         for leaf in leaves
         if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided
     ]
+
+
+def written(graph: fx.Graph) -> Set[fx.Node]:
+    """The nodes whose memory some operator of the graph writes to: what they hold depends on when it is read.
+
+    Empty for a graph without in-place writes, which is most of them once :mod:`qpass.graph.normalize` has run.
+    """
+    if not any(written_inputs(node) for node in graph.nodes):
+        return frozenset()
+    memory = Memory(graph)
+    return {node for node in graph.nodes if memory.is_written(node)}
 
 
 class Memory:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass.graph.alias import written
 from qpass.graph.edit import get_constant
 
 DERIVED_KEY = "qpass_derived"
@@ -37,7 +38,7 @@ class Constants:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        self._known: dict[fx.Node, bool] = {}
+        self._known: dict[fx.Node, bool] = dict.fromkeys(written(gm.graph), False)
 
     def __contains__(self, node: object) -> bool:
         if not isinstance(node, fx.Node):

@@ -8,13 +8,22 @@ from typing import Any
 
 from torch import fx
 
+from qpass.errors import InputError
+
 
 class GraphModule(fx.GraphModule):
     """torch.fx keeps the text of every ``forward`` it ever generated, for tracebacks; here until the module is gone.
 
     Some kilobytes each, several for each model that is prepared and converted: a process that quantizes models all
-    day would grow by them for ever.
+    day would grow by them for ever. It is not pickled: torch.fx would trace the graph again, without its ``meta``.
     """
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            f"{type(self).__name__} is a graph of qpass, and pickle would lose what was decided about it",
+            hint="write a quantized one with qpass.save; of a prepared one keep the state_dict(), and load it into the "
+            "result of the same call of qpass.prepare",
+        )
 
     def recompile(self) -> Any:
         code = super().recompile()

@@ -17,8 +17,9 @@ def same_operators(dynamic: fx.GraphModule, static: fx.GraphModule) -> bool:
     """Whether ``static`` runs the tensor operators of ``dynamic``, in the same order, on the same operands.
 
     Computations of sizes are left out, and a size that ``dynamic`` computes matches any number in ``static``. So are
-    whole slices: ``x[:, 0]`` is traced as ``select(slice(x))`` or ``select(x)``; and, where nothing is written to,
-    ``contiguous``, which is traced where the sizes ask for a copy. Regions are compared likewise.
+    whole slices: ``x[:, 0]`` is traced as ``select(slice(x))`` or ``select(x)``, and ``x[:]`` as a slice or an alias;
+    and, where nothing is written to, ``contiguous``, which is traced where the sizes ask for a copy. Regions are
+    compared likewise.
     """
     return pair_operators(dynamic, static)[1] is None
 
@@ -47,8 +48,12 @@ _LeftOut = Callable[[fx.Node], bool]
 
 def _left_out(*graphs: fx.GraphModule) -> _LeftOut:
     if any(_writes(node) for gm in graphs for node in gm.graph.nodes):  # a copy shields its source
-        return is_whole_slice
-    return lambda node: is_whole_slice(node) or node.target is torch.ops.aten.contiguous.default
+        return _is_whole
+    return lambda node: _is_whole(node) or node.target is torch.ops.aten.contiguous.default
+
+
+def _is_whole(node: fx.Node) -> bool:
+    return is_whole_slice(node) or node.target is torch.ops.aten.alias.default
 
 
 def _writes(node: fx.Node) -> bool:

@@ -176,7 +176,7 @@ def _sent_in_pieces(view: NodeView) -> int:
     """Bytes of the payload that `qpass.comm.pieces` makes itself: read off what it receives."""
     if not view.operator.startswith("qpass.send_pieces"):
         return 0
-    _, _, parts, _, world, _ = view.template
+    _, _, parts, _, world, *_ = view.template
     return _bytes(view.val) * parts // world
 
 

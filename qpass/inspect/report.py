@@ -159,7 +159,8 @@ def _compiled(gm: Any) -> tuple[list[fx.GraphModule], list[Communication]]:
     if not found:
         raise InputError(
             "this compiled model has no graph of qpass yet",
-            hint='compile it with torch.compile(model, backend="qpass") and run it once; in training, with comm',
+            hint='compile it with torch.compile(model, backend="qpass") and run it once under torch.no_grad(); '
+            "in training compute stays in float, and only what comm compresses is reported",
         )
     graphs = [one.graph for one in found if one.graph is not None]
     return graphs, [one.communication for one in found if one.communication is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -31,7 +31,7 @@ def sqnr(a: Any, b: Any, inputs: Any, *, nodes: bool = False) -> float | SqnrByN
     Args:
         a: the reference, a module or any callable.
         b: what is compared with it; must return as many tensors, of the same shapes.
-        inputs: one batch as a tensor, a tuple of arguments or a dict of keyword arguments, or a list of such batches.
+        inputs: one batch as a tensor, a tuple of arguments or a mapping by keyword, or a list of such batches.
         nodes: measure every matched node instead of the outputs alone: ``a`` and ``b`` are then graphs, exported
             programs or modules, and the result maps the nodes of ``b`` to dB (see :class:`SqnrByNode`).
 
@@ -67,7 +67,7 @@ def batches(inputs: Any) -> list[Any]:
 
 
 def _call(f: Callable[..., Any], batch: Any) -> Any:
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return f(**batch)
     return f(*batch) if isinstance(batch, (tuple, list)) else f(batch)
 

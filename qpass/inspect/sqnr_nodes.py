@@ -132,7 +132,7 @@ def _graph(model: Any, batch: Any) -> fx.GraphModule:
         return found
     if isinstance(model, fx.GraphModule):
         return model
-    return capture(model, batch if isinstance(batch, dict) else _args(batch))
+    return capture(model, batch if isinstance(batch, Mapping) else _args(batch))
 
 
 def _args(batch: Any) -> tuple[Any, ...]:
@@ -184,7 +184,7 @@ class _Run(fx.Interpreter):
 
 
 def _steps(gm: fx.GraphModule, batch: Any) -> Iterator[tuple[str, Any]]:
-    args, kwargs = ((), batch) if isinstance(batch, dict) else (_args(batch), {})
+    args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (_args(batch), {})
     info = getattr(gm.graph._codegen, "pytree_info", None)
     if info is not None and info.in_spec is not None:
         from torch.fx._pytree import tree_flatten_spec

@@ -25,8 +25,8 @@ from qpass.ops.wire_format import CASTS, WireFormat, parse
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-ROTATED_AT_ONCE = 1 << 17
-"""Elements that are rotated at a time: what a rotation keeps between its two steps then stays in a core's cache."""
+AT_ONCE = 1 << 17
+"""Elements that are worked on at a time where there are steps: what one keeps for the next stays in a core's cache."""
 
 _library = torch.library.Library("qpass", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -39,7 +39,7 @@ _library.define(
 
 def encode(x: Tensor, form: str, seed: int = 0) -> Tensor:
     """The payload of `x`: any shape and strides, any dtype of `FLOATS`; a new uint8 tensor of one dimension."""
-    wire = _check_encode(x, form)
+    wire = check_encode(x, form)
     payload = torch.empty(wire.payload_bytes(x.numel()), dtype=torch.uint8, device=x.device)
     encode_into(x.detach().reshape(-1), payload, wire, seed)
     return payload
@@ -69,8 +69,8 @@ def encode_into(x: Tensor, payload: Tensor, wire: WireFormat, seed: int = 0, fir
     if wire.is_cast:
         payload.view(CASTS[wire.format]).copy_(x)
         return
-    if wire.hadamard and x.numel() > max(ROTATED_AT_ONCE, wire.row):
-        for part, coded in _parts(x.numel(), wire):
+    if wire.hadamard and x.numel() > max(AT_ONCE, wire.row):
+        for part, coded in cuts(x.numel(), wire):
             encode_into(x[part], payload[coded], wire, seed, first + part.start)
         return
     kernel = encode_kernel(wire, x.dtype, x.device, x.numel())
@@ -106,8 +106,8 @@ def decode_reduce_into(payloads: Tensor, out: Tensor, wire: WireFormat, divisor:
             total = total + payload.view(CASTS[wire.format])
         out.copy_(total / divisor if divisor != 1 else total)
         return
-    if wire.hadamard and out.numel() > max(ROTATED_AT_ONCE, wire.row):
-        for part, coded in _parts(out.numel(), wire):
+    if wire.hadamard and out.numel() > max(AT_ONCE, wire.row):
+        for part, coded in cuts(out.numel(), wire):
             decode_reduce_into(payloads[:, coded], out[part], wire, divisor)
         return
     kernel = reduce_kernel(wire, out.dtype, out.device, out.numel(), len(payloads), divisor)
@@ -129,9 +129,9 @@ def decode_reduce_into(payloads: Tensor, out: Tensor, wire: WireFormat, divisor:
         out[whole * wire.row :] = values.view(-1)[:rest]
 
 
-def _parts(numel: int, wire: WireFormat) -> Iterator[tuple[slice, slice]]:
-    """Elements, and their bytes in the payload: whole rows, `ROTATED_AT_ONCE` or fewer where one row is not longer."""
-    rows = max(1, ROTATED_AT_ONCE // wire.row)
+def cuts(numel: int, wire: WireFormat) -> Iterator[tuple[slice, slice]]:
+    """Elements, and their bytes in the payload: whole rows, `AT_ONCE` or fewer where one row is not longer."""
+    rows = max(1, AT_ONCE // wire.row)
     for first in range(0, wire.rows(numel), rows):
         last = min(first + rows, wire.rows(numel))
         yield slice(first * wire.row, min(last * wire.row, numel)), slice(first * wire.width, last * wire.width)
@@ -143,7 +143,8 @@ def _aligned(payload: Tensor) -> Tensor:
     return payload if payload.storage_offset() % 4 == 0 else payload.clone()
 
 
-def _check_encode(x: Tensor, form: str) -> WireFormat:
+def check_encode(x: Tensor, form: str) -> WireFormat:
+    """The format that is written ``form``; refuses what cannot be sent in any."""
     if x.dtype not in FLOATS:
         raise InputError(
             f"A tensor of {x.dtype} cannot be encoded.", hint="send integers, bools and complex as they are"
@@ -170,7 +171,7 @@ def _check_decode(payload: Tensor, dims: int, numel: int, dtype: torch.dtype, fo
 
 @torch.library.register_fake("qpass::encode", lib=_library)
 def _encode_meta(x: Tensor, form: str, seed: int = 0) -> Tensor:
-    return x.new_empty(_check_encode(x, form).payload_bytes(x.numel()), dtype=torch.uint8)
+    return x.new_empty(check_encode(x, form).payload_bytes(x.numel()), dtype=torch.uint8)
 
 
 @torch.library.register_fake("qpass::decode", lib=_library)
@@ -194,7 +195,7 @@ for _name, _function in (("encode", encode), ("decode", decode), ("decode_reduce
 
 def encode_formula(x: Tensor, form: str, seed: int = 0) -> Tensor:
     """`encode` as a graph of ATen operators; sizes may be symbolic, the width of a row never is."""
-    wire = _check_encode(x, form)
+    wire = check_encode(x, form)
     flat, rows = x.reshape(-1), wire.rows(x.numel())
     if wire.is_cast:
         return flat.to(CASTS[wire.format]).view(torch.uint8)

@@ -14,6 +14,7 @@ from qpass.graph.constants import Constants
 from qpass.graph.record import FUSED_INTO, NodeRecord, graph_record, record_of, set_record
 from qpass.graph.source import module_stack, source_line, where
 from qpass.graph.text import target_name
+from qpass.numerics import dtype_name
 from qpass.passes.frame import Pass
 from qpass.patterns import CATALOGUE, KEPT_IN_FLOAT
 from qpass.rewrite.island import BATCH_NORM, IslandMatch
@@ -83,6 +84,9 @@ class Annotate(Pass):
         specs = wanted_specs(m, resolved)
         if not specs:
             raise NotAsked(override_reason(resolved))
+        dtypes = {source.meta["val"].dtype for source in (m.root, *(m.captures[name] for name in specs))}
+        others = sorted(map(dtype_name, dtypes - {torch.float32}))
+        require(not others, f"it computes in {', '.join(others)}; float32 is quantized: model.float() makes it so")
         island.check(m, constants)
         behind = island.only_behind
         if behind:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
+from qpass.graph.alias import written
 from qpass.graph.constants import Constants
+from qpass.graph.edit import get_constant
 from qpass.graph.record import record_of, set_record
 from qpass.passes.annotate import ISLAND
 from qpass.passes.expand_attention import EXPAND, may_expand
@@ -18,6 +22,9 @@ from qpass.rewrite.views import carried
 aten = torch.ops.aten
 COMPUTE_DTYPE = "qpass_compute_dtype"
 """``meta`` key: the dtype that an operation computes in once ``convert`` has placed the casts."""
+BEYOND = "qpass_beyond"
+"""``meta`` key: the values may lie beyond the largest number of that dtype, as a mask's do that is full of the smallest
+float32; a cast brings them to that number, since an infinity in their place makes NaN of a row that is all masked."""
 AS_IT_COMES = "as it comes"
 """Instead of a dtype: the operation moves values and takes them in whichever dtype they have."""
 
@@ -39,35 +46,44 @@ FOLLOWS: frozenset[Any] = frozenset({
 })  # fmt: skip
 """Element by element: computed in bfloat16 as soon as one operand is."""
 
+KEEPS_SIZE: frozenset[Any] = (FOLLOWS | {aten.triu.default, aten.tril.default, aten.masked_fill.Tensor}) - {
+    aten.softmax.int, aten.sigmoid.default, aten.tanh.default, aten.hardtanh.default, aten.hardsigmoid.default,
+}  # fmt: skip
+"""Results may be as large as operands are."""
+
 
 @dataclass(frozen=True)
 class AssignComputeDtype(Pass):
     """Multiply-accumulates and what hangs on them in ``dtype``; statistics, sums and unknown operations in float32
 
-    A quantized operation computes in float32 and hands ``dtype`` on to the float operations behind it. With
-    ``expand_attention``, attention is marked to run as two matrix products.
+    A quantized operation computes in float32 and hands ``dtype`` on to the float operations behind it. What is written
+    in place stays as it is: a cast is a copy, and the write would miss it. With ``expand_attention``, attention is
+    marked to run as two matrix products.
     """
 
     dtype: torch.dtype
     expand_attention: bool = False
 
     def run(self, gm: fx.GraphModule) -> int:
-        constants = Constants(gm)
+        constants, changing = Constants(gm), written(gm.graph)
         low: set[fx.Node] = set()
         before = {node: node.meta.get(COMPUTE_DTYPE) for node in gm.graph.nodes}
         for node in gm.graph.nodes:
+            if _is_float32(node) and self._is_beyond(gm, node, low):
+                node.meta[BEYOND] = True
             if node.op != "call_function" or node in constants or not _is_float32(node):
-                if node.op == "call_function" and _is_list(node) and self._wants(node, low):
+                if node.op == "call_function" and _is_list(node) and node not in changing and self._wants(node, low):
                     low.add(node)
                     node.meta[COMPUTE_DTYPE] = self.dtype
                 elif node.op == "call_function" and any(n in low for n in node.all_input_nodes):
                     node.meta[COMPUTE_DTYPE] = torch.float32
                 continue
             if ISLAND in node.meta:
-                low.add(node)
+                if node not in changing:
+                    low.add(node)
                 node.meta[COMPUTE_DTYPE] = torch.float32
                 continue
-            wants = self._wants(node, low)
+            wants = node not in changing and self._wants(node, low)
             node.meta[COMPUTE_DTYPE] = self.dtype if wants else torch.float32
             if len(carried(node)) == 1:
                 node.meta[COMPUTE_DTYPE] = AS_IT_COMES
@@ -84,7 +100,26 @@ class AssignComputeDtype(Pass):
         if node.target in MULTIPLIES:
             return True
         follows = node.target in FOLLOWS or bool(carried(node)) or getattr(node.target, "__name__", "") == "getitem"
-        return follows and any(source in low for source in node.all_input_nodes)
+        return follows and any(source in low for source in node.all_input_nodes) and not self._exceeds(node)
+
+    def _exceeds(self, node: fx.Node) -> bool:
+        """Whether a number among the arguments is finite, and larger than any of ``dtype``."""
+        numbers = [abs(value) for value in tree_leaves((node.args, node.kwargs)) if isinstance(value, float)]
+        return any(torch.finfo(self.dtype).max < number < math.inf for number in numbers)
+
+    def _is_beyond(self, gm: fx.GraphModule, node: fx.Node, low: set[fx.Node]) -> bool:
+        """Whether a float32 value may be finite and larger than any of ``dtype``."""
+        if node.op == "get_attr":
+            value = get_constant(gm, str(node.target))
+            if isinstance(value, torch.nn.Parameter) or not isinstance(value, torch.Tensor):
+                return False  # no mask; and reading all weights takes long
+            if value.layout != torch.strided or not value.numel():
+                return False
+            return any(torch.finfo(self.dtype).max < abs(float(end)) < math.inf for end in value.aminmax())
+        if node.op != "call_function" or ISLAND in node.meta or self._wants(node, low):
+            return False
+        inherits = node.target in KEEPS_SIZE or bool(carried(node))
+        return self._exceeds(node) or (inherits and any(BEYOND in source.meta for source in node.all_input_nodes))
 
 
 def _is_float32(node: fx.Node) -> bool:

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass.graph.alias import written
 from qpass.graph.edit import Editor
 from qpass.graph.fake import refresh_val
 from qpass.passes.annotate import ISLAND
-from qpass.passes.assign_compute_dtype import AS_IT_COMES, COMPUTE_DTYPE
+from qpass.passes.assign_compute_dtype import AS_IT_COMES, BEYOND, COMPUTE_DTYPE
 from qpass.passes.frame import Pass
 from qpass.rewrite.qdq import CHOOSE, as_quantize
 
 aten = torch.ops.aten
-Casts = dict[tuple[fx.Node, torch.dtype], fx.Node]
+Casts = dict[tuple[fx.Node, torch.dtype, fx.Node | None], fx.Node]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,7 +26,8 @@ class CastComputeDtype(Pass):
     """``matmul(a, b)  ->  matmul(to(a, bfloat16), to(b, bfloat16))`` where the record says so
 
     Quantized operations compute in float32 and are cast behind; where both a float reader and a quantize node follow,
-    the quantize node reads the cast value too, so that a kernel can write bfloat16 once. Outputs keep their dtype.
+    the quantize node reads the cast value too, so that a kernel can write bfloat16 once. Outputs keep their dtype. A
+    value that is written in place is cast for each reader anew; one beyond the range of the dtype is clamped to it.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -33,15 +35,21 @@ class CastComputeDtype(Pass):
         casts: Casts = {}
         changed: set[fx.Node] = set()
         originals = {node: _dtype(node) for node in gm.graph.nodes}
+        changing = written(gm.graph)
+
+        def cast_for(reader: fx.Node, source: fx.Node, dtype: torch.dtype | None) -> fx.Node:
+            return self._cast(source, dtype, reader, source in changing, casts, edit)
+
         for node in list(gm.graph.nodes):
             wanted = node.meta.pop(COMPUTE_DTYPE, None)
             if node.op == "output":
-                node.args = fx.node.map_arg(node.args, lambda n: self._cast(n, originals[n], n, casts, edit))
+                for source in node.all_input_nodes:
+                    node.replace_input_with(source, cast_for(node, source, originals[source]))
             if node.op != "call_function" or wanted is None:
                 continue
             for source in node.all_input_nodes if wanted is not AS_IT_COMES else ():
                 if _dtype(source) in FLOATS and _dtype(source) != wanted:
-                    node.replace_input_with(source, cast := self._cast(source, wanted, node, casts, edit))
+                    node.replace_input_with(source, cast := cast_for(node, source, wanted))
                     changed.add(cast)
             if node.target not in CHOOSE and not changed.isdisjoint(node.all_input_nodes):
                 changed.add(node)
@@ -50,21 +58,26 @@ class CastComputeDtype(Pass):
         return len(casts)
 
     def _cast(
-        self, source: fx.Node, dtype: torch.dtype | None, reader: fx.Node, casts: Casts, edit: Editor
+        self, source: fx.Node, dtype: torch.dtype | None, reader: fx.Node, changing: bool, casts: Casts, edit: Editor
     ) -> fx.Node:
         if dtype is None or _dtype(source) == dtype:
             return source
-        if (source, dtype) not in casts:
-            following = source.next
+        key = (source, dtype, reader if changing else None)
+        if key not in casts:
+            following = reader if changing else source.next
             while following.op == "placeholder":
                 following = following.next
             origin = source if source.op == "call_function" else reader  # an input has no line of its own
-            casts[source, dtype] = edit.call(aten.to.dtype, source, dtype, like=origin, before=following)
-        return casts[source, dtype]
+            value = source
+            if BEYOND in source.meta:
+                limit = torch.finfo(dtype).max
+                value = edit.call(aten.clamp.default, source, -limit, limit, like=origin, before=following)
+            casts[key] = edit.call(aten.to.dtype, value, dtype, like=origin, before=following)
+        return casts[key]
 
     def _quantize_from_casts(self, casts: Casts) -> None:
-        for (source, dtype), cast in casts.items():
-            if dtype != torch.bfloat16 or ISLAND not in source.meta:
+        for (source, dtype, reader), cast in casts.items():
+            if dtype != torch.bfloat16 or ISLAND not in source.meta or reader is not None:
                 continue
             for user in list(source.users):
                 pair = as_quantize(user)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from qpass.graph.alias import written
 from qpass.graph.edit import Editor
 from qpass.graph.fake import refresh_val
 from qpass.passes.frame import Pass
@@ -51,9 +52,12 @@ class HoistCasts(Pass):
 def _wanted(graph: fx.Graph) -> Wanted:
     """The operations whose result is read in one smaller dtype alone, with it, readers before what they read."""
     wanted: Wanted = {}
+    changing = written(graph)
     for node in reversed(graph.nodes):
         val = node.meta.get("val")
         if node.op != "call_function" or not isinstance(val, torch.Tensor) or not val.dtype.is_floating_point:
+            continue
+        if node in changing:  # a cast further up would round what is there before the write
             continue
         dtypes = {_read_in(user, wanted) for user in node.users}
         dtype = dtypes.pop() if len(dtypes) == 1 else None

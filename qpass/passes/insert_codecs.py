@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from torch import fx
@@ -20,18 +22,20 @@ from qpass.graph.source import module_stack
 from qpass.numerics import dtype_name
 from qpass.passes.annotate import NotAsked, describe
 from qpass.passes.frame import Pass
-from qpass.patterns.reduce_scatter import SUMS
 from qpass.rewrite.coalesced import COALESCED, NOT_WAITED, WRITING, Coalesced, as_bucket, as_coalesced
-from qpass.rewrite.coded import ENCODE, as_coded, decoded, encoded
+from qpass.rewrite.coded import ENCODE_FED, ENCODERS, as_coded, decoded, encoded
 from qpass.rewrite.collective import (
     KINDS,
     PARTS_KEY,
+    SUMS,
+    UNFED_KEY,
     Collective,
     as_collective,
     group_name,
     is_other_collective,
     operator_of,
 )
+from qpass.rewrite.gradient import gradient_name
 from qpass.rewrite.in_place import IN_PLACE, as_functional, as_in_place, read_after_wait
 from qpass.rewrite.match import normalized
 from qpass.rewrite.parts import coded_parts, fills_rows
@@ -50,21 +54,24 @@ class InsertCodecs(Pass):
     ``wait(all_reduce(x))  ->  decode(encode(wait(all_reduce(decode(encode(x))))))``. A list of tensors becomes one
     (`qpass.rewrite.coalesced`), and what is written in place is copied there (`qpass.rewrite.in_place`).
 
-    ``backward`` says which of the two graphs of a training step this is.
+    ``backward`` says which of the two graphs of a training step this is, ``gradients`` which of its outputs are those
+    of parameters, None for all. With a policy's feedback, sums that leave a backward graph as such gradients get
+    ``encode_fed`` instead of ``encode``, for both roundings (`qpass.ops.feedback`).
     """
 
     policy: Policy
     backward: bool = False
+    gradients: Collection[int] | None = None
 
     def run(self, gm: fx.GraphModule) -> int:
         edit = Editor(gm, self.name)
-        count = 0
+        done = 0
         for node in list(gm.graph.nodes):
             if operator_of(node) in FORMS:
-                count += self._visit(node, edit)
+                done += self._visit(node, edit)
             elif is_other_collective(node):
                 _leave(node, "this form of collective is not compressed", asked=True)
-        return count
+        return done
 
     def _visit(self, node: fx.Node, edit: Editor) -> int:
         known, kinds, kind = record_of(node), self.policy.kinds, FORMS[operator_of(node)]
@@ -74,7 +81,7 @@ class InsertCodecs(Pass):
             read_after_wait(node)
         try:
             found = as_coalesced(node) if node.target in COALESCED else _one(node, edit)
-            if isinstance(found, Collective) and (as_coded(found.x) is not None or found.x.target is ENCODE):
+            if isinstance(found, Collective) and (as_coded(found.x) is not None or found.x.target in ENCODERS):
                 return 0  # decided by somebody else
             if known is not None and not found.dtype.is_floating_point:  # narrowed by a rule
                 return 0
@@ -87,7 +94,7 @@ class InsertCodecs(Pass):
             found = _one(as_bucket(edit, found, policy.codec), edit)
         elif operator_of(node) in IN_PLACE:
             found = as_functional(edit, found)
-        _round(found, policy.codec, edit)
+        _round(found, policy.codec, edit, self._state(found))
         record = describe(found.node, "quantized").but(op=found.kind, kernel=str(policy.codec), asked=True)
         set_record(found.node, record.but(group=found.group_name))
         return 1
@@ -109,6 +116,21 @@ class InsertCodecs(Pass):
             raise NotAsked(decision.reason)
         return resolved
 
+    def _state(self, found: Collective) -> str:
+        """The name of the residual of a sum that is to have one, else "": then the collective keeps the reason."""
+        if self.policy.feedback is None or found.kind not in ("all_reduce", "reduce_scatter"):
+            return ""
+        try:
+            require(self.backward, "it is no sum of a backward graph")
+            require(isinstance(found.numel, int), "its size is symbolic")
+            assert found.wait is not None
+            name = gradient_name(found.wait, self.gradients)
+        except Refusal as refusal:
+            found.node.meta[UNFED_KEY] = refusal.reason
+            return ""
+        taken = {node.args[2] for node in found.node.graph.find_nodes(op="call_function", target=ENCODE_FED)}
+        return name if name not in taken else next(f"{name}_{n}" for n in count(1) if f"{name}_{n}" not in taken)
+
 
 def _one(node: fx.Node, edit: Editor) -> Collective:
     found = as_in_place(node) if operator_of(node) in IN_PLACE else as_collective(node)
@@ -129,14 +151,14 @@ def _check(found: Collective | Coalesced) -> None:
         require(is_even, f"its {found.numel} elements are not known to make {found.world} equal parts")
 
 
-def _round(found: Collective, wire: Codec, edit: Editor) -> None:
-    found.node.replace_input_with(found.x, _rounded(edit, found, wire))
+def _round(found: Collective, wire: Codec, edit: Editor, state: str) -> None:
+    found.node.replace_input_with(found.x, _rounded(edit, found, wire, state))
     numel = LARGE if is_data_dependent(found.numel) else found.numel
     if found.kind == "all_reduce" and shots(numel, wire, found.world) == "two_shot":  # type: ignore[arg-type]  # both are known here
-        _round_sum(found, wire, edit)
+        _round_sum(found, wire, edit, f"{state}_sum" if state else "")
 
 
-def _rounded(edit: Editor, found: Collective, wire: Codec) -> fx.Node:
+def _rounded(edit: Editor, found: Collective, wire: Codec, state: str) -> fx.Node:
     """What is sent, decoded from a payload; where each rank gets a part of its own, each part from one of its own."""
     node, x = found.node, found.x
     place: Any = {"like": node, "before": node}
@@ -148,16 +170,16 @@ def _rounded(edit: Editor, found: Collective, wire: Codec) -> fx.Node:
             if not found.is_even or is_data_dependent(found.numel):
                 return coded_parts(edit, x, splits, wire, **place)
             parts = found.world
-    payload = encoded(edit, x, wire, parts, **place)
+    payload = encoded(edit, x, wire, parts, state, **place)
     return decoded(edit, payload, wire, parts, sizes(edit, x, **place), found.dtype, **place)
 
 
-def _round_sum(found: Collective, wire: Codec, edit: Editor) -> None:
+def _round_sum(found: Collective, wire: Codec, edit: Editor, state: str) -> None:
     wait = found.wait
     assert wait is not None
     readers = list(wait.users)
     place: Any = {"like": wait, "before": wait.next}
-    payload = edit.call(ENCODE, wait, str(wire), **place)
+    payload = encoded(edit, wait, wire, 1, state, **place)
     shape = sizes(edit, found.x, **place)  # not of the sum, which has one reader that way
     value = decoded(edit, payload, wire, 1, shape, found.dtype, **place)
     for reader in readers:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from qpass.fake_quantize import FakeQuantizeBase
+from qpass.graph.alias import written
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor, free_name
 from qpass.graph.verify import OBSERVER_PREFIX
@@ -24,15 +25,17 @@ class InsertObservers(Pass):
 
     One tensor has one observer for each spec, however many read it. Where all readers of a view, a pooling or a
     concatenation are quantized alike, the observer stands in front of it, so that codes can pass through; the inputs
-    of a concatenation then share one observer and so their qparams.
+    of a concatenation then share one observer and so their qparams. What is written in place is observed where it is
+    read, each time anew.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
-        shared = self._raise_edges(gm)
+        changing = written(gm.graph)
+        shared = self._raise_edges(gm, changing)
         edit, constants = Editor(gm, self.name), Constants(gm)
         modules: dict[tuple[fx.Node, QuantizationSpec], str] = {}
         calls: dict[tuple[fx.Node, QuantizationSpec], fx.Node] = {}
-        number = 0
+        number = count = 0
         for user in list(gm.graph.nodes):
             for source, spec in user.meta.pop(EDGES, {}).items():
                 call = calls.get((source, spec))
@@ -42,13 +45,17 @@ class InsertObservers(Pass):
                         modules[key] = free_name(gm, f"{OBSERVER_PREFIX}{number}")
                         number = int(modules[key].removeprefix(OBSERVER_PREFIX).partition("_")[0]) + 1
                         gm.add_module(modules[key], spec.make_observer())
-                    call = self._insert(edit, modules[key], source, user, source in constants)
-                    calls[source, spec] = call
+                    following = user if source in changing else source.next
+                    call = self._insert(edit, modules[key], source, user, source in constants, following)
+                    count += 1
+                    if source not in changing:
+                        calls[source, spec] = call
                 user.replace_input_with(source, call)
-        return len(calls)
+        return count
 
-    def _insert(self, edit: Editor, name: str, source: fx.Node, user: fx.Node, constant: bool) -> fx.Node:
-        following = source.next
+    def _insert(
+        self, edit: Editor, name: str, source: fx.Node, user: fx.Node, constant: bool, following: fx.Node
+    ) -> fx.Node:
         while following.op == "placeholder":
             following = following.next
         origin = user if constant or source.op == "placeholder" else source  # an input has no line of its own
@@ -56,7 +63,7 @@ class InsertObservers(Pass):
         call.meta["val"] = source.meta.get("val")
         return call
 
-    def _raise_edges(self, gm: fx.GraphModule) -> _Shared:
+    def _raise_edges(self, gm: fx.GraphModule, changing: Set[fx.Node]) -> _Shared:
         """Move edges up through operations that only move values, where every reader wants the same static spec.
 
         Whatever an edge is moved to must have the qparams of what it was moved from: those tensors share an observer.
@@ -68,7 +75,7 @@ class InsertObservers(Pass):
                 continue
             specs = {user.meta.get(EDGES, {}).get(node) for user in node.users}
             spec = next(iter(specs))
-            if len(specs) != 1 or spec is None or not _may_pass(node, spec):
+            if len(specs) != 1 or spec is None or node in changing or not _may_pass(node, spec):
                 continue
             for user in node.users:
                 del user.meta[EDGES][node]

@@ -16,7 +16,7 @@ from qpass.graph.edit import Editor
 from qpass.graph.record import record_of, records_of, set_records
 from qpass.graph.sizes import is_symbolic
 from qpass.passes.frame import Pass
-from qpass.rewrite.coded import ENCODE
+from qpass.rewrite.coded import ENCODERS
 from qpass.rewrite.collective import KINDS, WAIT, Collective, as_collective
 from qpass.rewrite.match import normalized
 
@@ -72,7 +72,7 @@ def _buckets(graph: fx.Graph) -> list[list[Collective]]:
 def _is_joinable(collective: Collective) -> bool:
     """Whether a collective sends a payload of which every rank knows that it is small."""
     x, record = collective.x, record_of(collective.node)
-    is_payload = x.target is ENCODE or (record is not None and record.outcome == "lowered")
+    is_payload = x.target in ENCODERS or (record is not None and record.outcome == "lowered")
     if not is_payload or collective.dtype is not torch.uint8 or collective.wait is None:
         return False
     if collective.kind == "all_to_all" and (record is None or record.op == "all_to_all"):

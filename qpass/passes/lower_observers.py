@@ -14,8 +14,9 @@ from qpass.errors import CalibrationError
 from qpass.graph.constants import Constants, Derived, derived_constants, expression
 from qpass.graph.edit import Editor, free_name
 from qpass.graph.fake import fake_call
+from qpass.graph.record import graph_record
 from qpass.graph.source import where
-from qpass.numerics import quantize_weight
+from qpass.numerics import EPS, quantize_weight
 from qpass.ops import graph_ops as ops
 from qpass.ops.decompositions import table
 from qpass.passes.assign_compute_dtype import COMPUTE_DTYPE
@@ -42,9 +43,14 @@ class LowerObservers(Pass):
             if node.args[0] not in constants and not _needs_no_data(gm.get_submodule(name))
         ]  # fmt: skip
         if blind:
-            places = "\n         ".join(dict.fromkeys(where(next(iter(node.users))) for node in blind))
+            seen = [bool(getattr(gm.get_submodule(str(node.target)), "nonfinite", False)) for node in blind]
+            lines = [
+                where(next(iter(node.users))) + (": NaN and infinities alone" if some else "")
+                for node, some in zip(blind, seen, strict=True)
+            ]
+            places = "\n         ".join(dict.fromkeys(lines))
             raise CalibrationError(
-                f"{len(blind)} observers saw no data",
+                f"{len(blind)} observers saw no {'finite ' if all(seen) else ''}data",
                 where=places,
                 hint="run the prepared model on representative batches (qpass.calibrate) that reach these places, "
                 "or leave them in float with config.keep_float(module=...)",
@@ -71,6 +77,14 @@ class LowerObservers(Pass):
     def _static(self, node: fx.Node, observer: Any, edit: Editor) -> fx.Node:
         scale, zero_point = observer.calculate_qparams()
         spec: QuantizationSpec = observer.spec
+        largest = max(abs(float(getattr(observer, end, 0.0))) for end in ("min_val", "max_val"))
+        if float(scale) <= smallest_scale(spec) and largest > 0:
+            record = graph_record(edit.gm)
+            record.notes = [
+                *record.notes,
+                f"{where(next(iter(node.users)))}: values of at most {largest:.1e} are rounded in steps of "
+                f"{float(scale):.1e}, the smallest scale; give the activation's spec a smaller eps",
+            ]
         qparams = (float(scale), int(zero_point), *spec.range, spec.dtype)
         x, place = node.args[0], {"like": node, "before": node}
         val = fake_call(x, call=torch.empty_like, dtype=spec.dtype)
@@ -86,8 +100,7 @@ class LowerObservers(Pass):
             choose, arguments = op.default, (x, spec.dtype)
         else:
             op = ops.choose_qparams_symmetric if spec.symmetric else ops.choose_qparams
-            eps = torch.finfo(torch.float32).eps if spec.eps is None else spec.eps
-            choose, arguments = op.tensor, (x, *spec.range, eps, spec.dtype)
+            choose, arguments = op.tensor, (x, *spec.range, smallest_scale(spec), spec.dtype)
         # torch's own shape function is wrong about these dtypes, so the fake values come from the decomposition
         val = fake_call(x, *arguments[1:], call=table()[choose])
         chosen = edit.call(choose, *arguments, val=val, **place)
@@ -129,6 +142,11 @@ class LowerObservers(Pass):
 
 def _needs_no_data(observer: Any) -> bool:
     return bool(observer.spec.dynamic or observer.has_data)
+
+
+def smallest_scale(spec: QuantizationSpec) -> float:
+    """The scale below which no observer of ``spec`` goes."""
+    return EPS if spec.eps is None else spec.eps
 
 
 def float_val(x: Any) -> Any:

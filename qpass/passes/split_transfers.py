@@ -13,7 +13,7 @@ from qpass.graph.edit import Editor, erase_dead
 from qpass.graph.record import record_of, set_record
 from qpass.ops.wire_format import parse
 from qpass.passes.frame import Pass
-from qpass.rewrite.coded import DECODE, DECODE_REDUCE, ENCODE
+from qpass.rewrite.coded import DECODE, DECODE_REDUCE, ENCODE_FED, ENCODERS
 from qpass.rewrite.collective import Collective, as_collective
 from qpass.rewrite.match import normalized
 
@@ -36,7 +36,7 @@ class SplitTransfers(Pass):
 def _split(collective: Collective, edit: Editor) -> int:
     node, encode, world, group = collective.node, collective.x, collective.world, collective.group
     decode = _decoder(collective)
-    is_payload = encode.target is ENCODE and len(encode.users) == 1
+    is_payload = encode.target in ENCODERS and len(encode.users) == 1
     if not is_payload or decode is None or world is None or not isinstance(group, str):
         return 0
     given, wire = normalized(decode), parse(str(encode.args[1]))
@@ -50,7 +50,8 @@ def _split(collective: Collective, edit: Editor) -> int:
     pieces = pieces_of(each, wire)
     if pieces == 1 or wire.rows(each) != wire.rows(decoded):
         return 0
-    sent = edit.call(SEND, x, str(wire), parts, pieces, world, group, like=node, before=node)
+    state = encode.args[2:] if encode.target is ENCODE_FED else ()
+    sent = edit.call(SEND, x, str(wire), parts, pieces, world, group, *state, like=node, before=node)
     arguments = (given["numel"], given["dtype"], str(wire), world, divisor)
     value = edit.call(RECEIVE, sent, *arguments, like=decode, before=decode)
     record = record_of(node)

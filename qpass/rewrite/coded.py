@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch._prims_common import is_contiguous_or_false
 
-import qpass.ops.comm  # noqa: F401  (registers the operators)
+import qpass.ops.feedback  # noqa: F401  (registers the operators)
 from qpass.graph.edit import Editor
 from qpass.graph.sizes import Size, argument, arguments, is_known, is_symbolic, product, sizes, value_of
 from qpass.ops.wire_format import WireFormat, parse
@@ -28,6 +28,8 @@ from qpass.rewrite.match import normalized
 aten, wire_ops = torch.ops.aten, torch.ops.qpass
 
 ENCODE = wire_ops.encode.default
+ENCODE_FED = wire_ops.encode_fed.default
+ENCODERS = (ENCODE, ENCODE_FED)
 DECODE = wire_ops.decode.default
 DECODE_REDUCE = wire_ops.decode_reduce.default
 
@@ -44,6 +46,11 @@ class Coded:
     wire: WireFormat
     numel: int | torch.SymInt
     parts: int
+
+    @property
+    def form(self) -> str:
+        """The format in words, with whether what rounding takes is fed back."""
+        return f"{self.wire} with error feedback" if self.payload.target is ENCODE_FED else str(self.wire)
 
     def holds(self, parts: int) -> bool:
         """Whether the payload is that many payloads of equal length, one behind the other."""
@@ -65,13 +72,17 @@ def as_coded(node: Any) -> Coded | None:
     return None if parts is None else Coded(payload, wire, node.meta["val"].numel(), parts)
 
 
-def encoded(edit: Editor, x: fx.Node, wire: WireFormat, parts: int, *, like: fx.Node, before: fx.Node) -> fx.Node:
-    """The payload of ``x``, or of its ``parts`` equal parts."""
+def encoded(
+    edit: Editor, x: fx.Node, wire: WireFormat, parts: int, state: str = "", *, like: fx.Node, before: fx.Node
+) -> fx.Node:
+    """The payload of ``x``, or of its ``parts`` equal parts; ``state`` names its residual, where it is to have one."""
     if parts > 1 and not _starts_rows(x.meta["val"].numel(), parts, wire):
         each = product(sizes(edit, x, like=like, before=before)) // parts
         padding = wire.rows(each) * wire.row - each
         x = _shaped(edit, x, (parts, each), like, before)
         x = edit.call(aten.constant_pad_nd.default, x, [0, argument(padding)], like=like, before=before)
+    if state:
+        return edit.call(ENCODE_FED, x, str(wire), state, like=like, before=before)
     return edit.call(ENCODE, x, str(wire), like=like, before=before)
 
 

@@ -48,6 +48,14 @@ SENT_KEY = "qpass_sent"
 """``meta`` key on a collective that stands for another one: the elements that one would have sent."""
 
 
+UNFED_KEY = "qpass_unfed"
+"""``meta`` key on a sum that is sent without the error feedback that its policy has: why."""
+
+
+SUMS = ("sum", "avg")
+"""The reductions that can be taken over decoded payloads; a maximum could, too, but saves no error."""
+
+
 @dataclass(frozen=True)
 class Collective:
     """One collective that sends one tensor.

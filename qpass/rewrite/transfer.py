@@ -14,7 +14,7 @@ from qpass.graph.edit import Editor
 from qpass.graph.record import NodeRecord, record_of, set_record
 from qpass.graph.sizes import Size, argument, is_symbolic, size, sizes, total
 from qpass.rewrite.coded import Coded, as_coded, shape_of
-from qpass.rewrite.collective import SENT_KEY, WAIT, Collective, as_collective, ops
+from qpass.rewrite.collective import SENT_KEY, UNFED_KEY, WAIT, Collective, as_collective, ops
 from qpass.rewrite.match import normalized
 from qpass.rewrite.rule import Refusal, require
 
@@ -93,10 +93,12 @@ def wait_for(edit: Editor, issue: fx.Node, *, like: fx.Node, before: fx.Node) ->
 
 
 def saved(collective: Collective, payload: fx.Node) -> str:
-    """What went instead of what, in words: bytes, as far as sizes are known."""
+    """What went instead of what, in words: bytes, as far as sizes are known, and why it is not fed back."""
     values, codes = collective.x.meta["val"], payload.meta["val"]
     before = collective.node.meta.get(SENT_KEY, values.numel()) * values.element_size()
     after = codes.numel() * codes.element_size()
+    why = collective.node.meta.get(UNFED_KEY)
+    note = f"; no error feedback: {why}" if why else ""
     if is_symbolic(before) or is_symbolic(after):
-        return f"{before} -> {after} bytes"
-    return f"{before:,} -> {after:,} bytes"
+        return f"{before} -> {after} bytes{note}"
+    return f"{before:,} -> {after:,} bytes{note}"

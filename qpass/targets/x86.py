@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.inductor_prims import force_stride_order
 
 from qpass.graph.edit import Editor
 from qpass.rewrite.island import IslandMatch, Kernel, Output, Specs, codes_of, quantized_operands, uncast
@@ -170,7 +171,8 @@ class Int8WeightOnly(Kernel):
             codes, scale, _ = packed(m, lambda codes: codes.t().contiguous(), edit, out.node)
         if val.dim() != 2:
             x = edit.call(aten.reshape.default, x, [-1, columns], **place)
-        x = edit.call(aten.contiguous.default, x, **place)
+        # the kernel refuses other rows, and Inductor, free to choose a layout, forgets a mere contiguous()
+        x = edit.call(force_stride_order, x, [columns, 1], **place)
         result = edit.call(aten._weight_int8pack_mm.default, x, codes, scale, **place)
         if val.dim() != 2:
             sizes = [edit.call(aten.sym_size.int, m.x, d, **place) if is_symbolic(s) else s

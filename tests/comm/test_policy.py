@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qpass.comm import Override, Policy, codec
+from qpass.comm import Feedback, Override, Policy, codec
 from qpass.comm.override import Place, Seen
 from qpass.comm.policy import policy
 from qpass.errors import ConfigError
@@ -21,6 +21,14 @@ def test_a_dict_says_what_the_arguments_say() -> None:
     assert hash(same) == hash(policy(same))
 
 
+def test_policies_are_equal_where_they_share_their_feedback() -> None:
+    feedback = Feedback()
+    same = policy({"codec": "bf16", "feedback": feedback})
+    assert same == Policy("bf16", feedback=feedback)
+    assert hash(same) == hash(Policy("bf16", feedback=feedback))
+    assert same not in (Policy("bf16"), Policy("bf16", feedback=Feedback()))
+
+
 WRONG: list[tuple[Any, str]] = [
     ({"codecs": "int8"}, r"comm: Policy has no argument 'codecs' \(did you mean 'codec'\?\)"),
     ({"kinds": "all_gather"}, "comm: the policy .* names no codec"),
@@ -31,6 +39,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"codec": "int8", "overrides": [{"codec": "int4", "kind": "all_gathr"}]}, "No collective is named 'all_gathr'"),
     ({"codec": "int8", "overrides": [{"codec": "int9", "kind": "all_gather"}]}, "no codec 'int9'"),
     ({"codec": "int8", "overrides": [{"codec": "int8:128:bf16:stochastic", "kind": "all_gather"}]}, "one seed for all"),
+    ({"codec": "int8", "feedback": True}, r"feedback is a qpass\.comm\.Feedback, not bool\.\n  to do: make one"),
 ]
 
 

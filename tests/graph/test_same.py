@@ -72,6 +72,13 @@ class Strided(nn.Module):
         return x[:, 1:].contiguous().view(x.shape[0], -1).sin()
 
 
+class WholeSlice(nn.Module):
+    """A slice where the batch is dynamic, an alias where it is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[slice(0, None), :].sin()
+
+
 class StridedAndWritten(nn.Module):
     """Without the copy, the write reaches the input."""
 
@@ -88,7 +95,7 @@ def traced_alike(model: nn.Module) -> bool:
     return same_operators(several, one)
 
 
-@pytest.mark.parametrize("model", [Plain, Attention, WithCond, Strided])
+@pytest.mark.parametrize("model", [Plain, Attention, WithCond, Strided, WholeSlice])
 def test_a_model_without_a_branch_on_the_batch_is_one_program(model: type[nn.Module]) -> None:
     assert traced_alike(model())
 

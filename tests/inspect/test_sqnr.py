@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import UserDict
 
 import pytest
 import torch
@@ -50,7 +51,9 @@ def test_float64_is_used_where_float32_would_see_no_noise_or_overflow() -> None:
     assert sqnr(returns(fine), returns(fine + 1e-10), (1,)) == pytest.approx(200.0, abs=1e-4)
 
 
-@pytest.mark.parametrize("batch", [torch.ones(2, 3), (torch.ones(2, 3),), {"input": torch.ones(2, 3)}])
+@pytest.mark.parametrize(
+    "batch", [torch.ones(2, 3), (torch.ones(2, 3),), {"input": torch.ones(2, 3)}, UserDict(input=torch.ones(2, 3))]
+)
 def test_a_batch_is_a_tensor_arguments_or_keywords(batch: object) -> None:
     linear = nn.Linear(3, 2)
     assert sqnr(linear, linear, batch) == math.inf

@@ -10,6 +10,7 @@ from once import run_once
 from qpass.capture import capture
 from qpass.config import Config
 from qpass.graph.record import graph_record
+from qpass.graph.regions import regions
 from qpass.passes.annotate import EDGES, FOLD, ISLAND, Annotate
 from qpass.rewrite.match import Matcher
 from road import PER_TOKEN, STATIC, WEIGHT_ONLY, Do, records
@@ -89,6 +90,29 @@ def test_what_was_asked_for_and_cannot_be_done_is_missed() -> None:
     assert record.reason == "qconv takes one static activation scale per tensor"
     assert record.asked
     assert record.is_missed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("config", [STATIC, PER_TOKEN, WEIGHT_ONLY])
+def test_float32_alone_is_quantized(config: Config, dtype: torch.dtype) -> None:
+    gm = annotated(nn.Linear(4, 4).to(dtype), torch.randn(3, 4, dtype=dtype), config=config)
+    name = str(dtype).removeprefix("torch.")
+    record = records(gm)["linear"]
+    assert record.reason == f"it computes in {name}; float32 is quantized: model.float() makes it so"
+    assert (record.outcome, record.is_missed) == ("float", True)
+
+
+def test_an_operation_under_autocast_is_left_to_it() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return m.a(x)
+
+    gm = capture(Do(forward, a=nn.Linear(4, 4)).eval(), (torch.randn(3, 4),))
+    reasons = []
+    for region in regions(gm):
+        Annotate(STATIC, "x86").run(region)
+        reasons += [record.reason for record in records(region).values() if record.op == "linear"]
+    assert reasons == ["it computes in bfloat16; float32 is quantized: model.float() makes it so"]
 
 
 def test_weights_are_not_rounded_without_a_spec_for_weights() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import qpass
 from interpret import operators
 from once import run_once
 from qpass.capture import capture
@@ -83,6 +84,12 @@ def test_a_tensor_is_cast_once_for_all_its_readers() -> None:
     assert operators(gm).count("to.dtype(inputs_0, bfloat16)") == 1
 
 
+def test_a_sparse_constant_stays_as_it_is() -> None:
+    model = Do(lambda m, x: m.a(torch.sparse.mm(m.sparse, x)), a=nn.Linear(4, 4), sparse=torch.eye(3).to_sparse())
+    prepared = qpass.prepare(model.eval(), (X,), config=BFLOAT16)
+    assert torch.equal(prepared(X), model(X))
+
+
 def test_lists_of_results_are_cast_too() -> None:
     gm = assigned(lambda m, x: torch.add(*(x @ x.t()).split(2)[:1], 1).cumsum(0), X)
     run_once(CastComputeDtype(), gm, X)
@@ -104,6 +111,14 @@ def test_a_kernel_writes_bfloat16_once_for_a_float_reader_and_the_rounding(reade
         assert rounded.args[0].meta["val"].dtype == torch.bfloat16
 
 
+def test_a_concatenation_that_is_rounded_is_not_cast_before() -> None:
+    """As behind the skip connections of a U-Net: a cast between the codes and their reader would cost it its kernel."""
+    model = Do(lambda m, x, y: m.b(torch.cat([x @ y, m.a(x)], -1)), a=nn.Linear(4, 4), b=nn.Linear(8, 4))
+    r = road(model, torch.randn(2, 3, 4), torch.randn(2, 4, 4), config=BFLOAT16)
+    assert kernel_names(r.lowered) == ["onednn.qlinear with quantize", "onednn.qlinear"]
+    qpass.lower(r.quantized, strict=True)
+
+
 def test_without_a_compute_dtype_nothing_is_cast() -> None:
     assert "to.dtype" not in operators(road(Do(lambda m, x: m.a(x) @ x.t(), a=nn.Linear(4, 4)), X).quantized)
 
@@ -118,3 +133,39 @@ def test_dynamic_parameters_are_chosen_in_float32() -> None:
         gm = road(model, torch.randn(2, 3, 4), torch.randn(2, 4, 4), config=config).quantized
         chosen = [node for node in gm.graph.nodes if "choose_qparams" in str(node.target)]
         assert [node.args[0].meta["val"].dtype for node in chosen] == [torch.float32]
+
+
+SMALLEST = torch.finfo(torch.float32).min
+"""What stands for minus infinity in a mask; bfloat16, whose largest number is smaller, rounds it to an infinity."""
+
+
+def softmax_of_filled(m: Any, scores: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
+    return torch.softmax(scores.masked_fill(hidden, SMALLEST), -1) @ x
+
+
+def softmax_of_sum(m: Any, scores: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
+    return torch.softmax(scores + torch.where(hidden, SMALLEST, 0.0).triu(0), -1) @ x
+
+
+def softmax_of_sum_with_a_buffer(m: Any, scores: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
+    return torch.softmax(scores + m.mask.unsqueeze(0), -1) @ x
+
+
+def attention(m: Any, scores: Tensor, hidden: Tensor, x: Tensor) -> Tensor:
+    mask = (hidden.float() * SMALLEST).unsqueeze(0)
+    return torch.nn.functional.scaled_dot_product_attention(scores, scores, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("function", [softmax_of_filled, softmax_of_sum, softmax_of_sum_with_a_buffer, attention])
+@torch.no_grad()
+def test_a_row_that_is_all_masked_has_the_mean_of_all_values_and_no_nan(function: Callable[..., Any]) -> None:
+    hidden = torch.ones(4, 4, dtype=torch.bool)
+    hidden[1:, :2] = False
+    model = Do(lambda m, x, hidden: function(m, m.a(x) @ x.mT, hidden, x), a=nn.Linear(4, 4)).eval()
+    model.register_buffer("mask", hidden * SMALLEST)
+    x = torch.linspace(-2, 2, 32).reshape(2, 4, 4).sin()
+    prepared = qpass.prepare(model, (x, hidden), config=BFLOAT16)
+    expected = prepared(x, hidden)
+    # values up to 1 of which scores, probabilities and the values themselves are rounded to 8 bits
+    torch.testing.assert_close(qpass.convert(prepared)(x, hidden), expected, atol=0.03, rtol=0)
+    torch.testing.assert_close(expected[:, 0], x.mean(-2), atol=1e-6, rtol=0)

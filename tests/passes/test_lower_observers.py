@@ -145,6 +145,23 @@ def test_an_observer_that_saw_nothing_is_an_error_with_its_place() -> None:
     qpass.convert(gm)
 
 
+def test_values_too_small_for_the_smallest_scale_are_noted() -> None:
+    model = Do(lambda m, x: m.a(x), a=nn.Linear(4, 4)).eval()
+    notes = {}
+    for size in (0.0, 1e-9, 1.0):
+        gm = qpass.prepare(model, (size * torch.ones(3, 4),), config=STATIC)
+        gm(size * torch.ones(3, 4))
+        qpass.convert(gm)
+        notes[size] = qpass.report(qpass.convert(gm)).notes
+    assert notes[0.0] == notes[1.0] == ()
+    (note,) = notes[1e-9]
+    assert note.startswith("a (linear), ")
+    assert note.endswith(
+        ": values of at most 1.0e-09 are rounded in steps of 1.2e-07, the smallest scale; "
+        "give the activation's spec a smaller eps"
+    )
+
+
 def test_weights_and_dynamic_ranges_need_no_data() -> None:
     for config in (PER_TENSOR, PER_TOKEN, int8_weight_only(compute_dtype=None)):
         gm = qpass.prepare(nn.Linear(4, 4).eval(), (torch.randn(3, 4),), config=config)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from qpass.passes.annotate import uncovered
 from road import Do, decisions
 
 ATTENTION = (
@@ -41,3 +42,9 @@ def test_the_record_says_why(op: str, function: Callable[[Any, Tensor], Tensor],
     found = decisions(model, torch.randn(4, 8, 8))
     assert (found[op].outcome, found[op].reason, found[op].asked) == ("float", expected, False)
     assert found["linear"].outcome == "quantized"
+
+
+def test_a_fused_encoder_layer_says_how_to_take_it_apart() -> None:
+    """Dynamo alone meets it: an export traces the layer's parts."""
+    fused = fx.Graph().call_function(torch.ops.aten._transformer_encoder_layer_fwd.default)
+    assert uncovered(fused).reason.endswith("torch.backends.mha.set_fastpath_enabled(False) before it is compiled")

@@ -112,8 +112,8 @@ return [linear]"""
         operators(r.lowered)
         == """\
 input_1 = input
-contiguous = contiguous(input_1)
-_weight_int8pack_mm = _weight_int8pack_mm(contiguous, weight_codes, weight_scale)
+inductor_force_stride_order = prims.inductor_force_stride_order(input_1, [16, 1])
+_weight_int8pack_mm = _weight_int8pack_mm(inductor_force_stride_order, weight_codes, weight_scale)
 add_tensor = add.Tensor(_weight_int8pack_mm, bias)
 return [add_tensor]"""
     )
