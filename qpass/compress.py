@@ -25,11 +25,12 @@ from qpass.comm.pieces import SEND
 from qpass.comm.policy import Policy, policy
 from qpass.decisions import GraphDecisions, keep
 from qpass.errors import ConfigError, StrictError
-from qpass.graph.record import NodeRecord, record_of
+from qpass.graph.record import NodeRecord, records_of
 from qpass.graph.source import module_stack, where
 from qpass.passes.expand_codecs import ExpandCodecs
 from qpass.passes.frame import Pass
 from qpass.passes.insert_codecs import InsertCodecs, seen_in
+from qpass.passes.join_transfers import JoinTransfers
 from qpass.passes.lower_collectives import LowerCollectives
 from qpass.passes.split_transfers import SplitTransfers
 from qpass.pipeline import run_pass, watch
@@ -44,11 +45,12 @@ def compress(
     """Compress the functional collectives of ``gm``, in place, and return it; `collectives` tells what became of each.
 
     Nodes need ``meta["val"]``, as ``make_fx`` and ``torch.export`` leave it. ``backward`` says which of the two graphs
-    of a training step this is. ``inductor`` makes the graph ready for Inductor: large transfers go in pieces, and where
-    the policy says ``fuse``, all other codecs are written out in ATen; without it the graph calls ``qpass::encode``,
-    ``decode`` and ``decode_reduce``. For a policy that is meant for other graphs, too, ``seen`` is what `seen_in`
-    found in this one: then an override may match nothing. ``gradients`` are the outputs of a backward graph that are
-    gradients of parameters, None for all; a graph that sends with feedback is run ``with feedback.bound()``.
+    of a training step this is. ``inductor`` makes the graph ready for Inductor: large transfers go in pieces, small
+    ones are joined, and where the policy says ``fuse``, all other codecs are written out in ATen; without it the graph
+    calls ``qpass::encode``, ``decode`` and ``decode_reduce``. For a policy that is meant for other graphs, too,
+    ``seen`` is what `seen_in` found in this one: then an override may match nothing. ``gradients`` are the outputs of a
+    backward graph that are gradients of parameters, None for all; a graph that sends with feedback is run ``with
+    feedback.bound()``.
 
     Raises:
         ConfigError: an override of the policy matches no collective; ``gm`` is as it was.
@@ -62,6 +64,7 @@ def compress(
     watching = watch(gm, "lowered")
     if inductor and not _inductor_schedules():
         steps.append(SplitTransfers())
+        steps += [JoinTransfers()] if wanted.join else []
     if inductor and wanted.fuse:
         steps.append(ExpandCodecs())
     for step in steps:
@@ -144,9 +147,8 @@ def _inductor_schedules() -> bool:
 
 def _decided(gm: fx.GraphModule) -> Iterable[tuple[fx.Node, NodeRecord]]:
     for node in gm.graph.nodes:
-        record = record_of(node)
-        if record is not None and (node.target in KINDS or node.target is SEND or is_other_collective(node)):
-            yield node, record
+        if node.target in KINDS or node.target is SEND or is_other_collective(node):
+            yield from ((node, record) for record in records_of(node))
 
 
 def _sources() -> Iterable[str]:

@@ -145,6 +145,7 @@ _COLLECTIVES: dict[Any, Callable[[list[Any], Given], list[Any]]] = {
     ops.all_gather_into_tensor_coalesced.default: _each(_all_gather),
     ops.all_reduce.default: _all_reduce,
     ops.all_reduce_coalesced.default: _each(_all_reduce),
+    ops.all_reduce_coalesced_.default: _each(_all_reduce),
     ops.all_to_all_single.default: _all_to_all,
     ops.broadcast.default: lambda xs, given: [xs[given[0]["src"]] for _ in xs],
     ops.reduce_scatter_tensor.default: _reduce_scatter,

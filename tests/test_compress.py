@@ -130,6 +130,7 @@ def test_the_cache_key_holds_all_that_a_graph_depends_on(monkeypatch: pytest.Mon
     for other in ("int4", "int8:64:bf16", "mxint8"):
         known.add(uuid(Policy(other, min_bytes=0)))
     known |= {uuid(Policy("int8", min_bytes=1)), uuid(Policy("int8", "all_reduce", 0)), uuid(strict=True)}
+    known.add(uuid(Policy("int8", min_bytes=0, join=False)))
     known |= {uuid(ALL.keep_plain(module="head")), uuid(ALL.keep_plain(module="tail")), uuid(backward=True)}
     known |= {uuid(replace(ALL, feedback=Feedback())) for _ in range(2)}  # whichever: the graphs are the same
     monkeypatch.setattr(module, "groups", lambda: {"0": (2, "")})
@@ -140,7 +141,7 @@ def test_the_cache_key_holds_all_that_a_graph_depends_on(monkeypatch: pytest.Mon
     known.add(uuid())
     monkeypatch.setattr(module, "get_hash_for_files", lambda paths: hashlib.sha256(repr(paths).encode()).digest())
     known.add(uuid())
-    assert len(known) == 15
+    assert len(known) == 16
 
 
 def test_the_cache_key_reads_every_source_of_qpass() -> None:

@@ -52,6 +52,8 @@ class Policy:
         fuse: write codecs out in compiled graphs, for Inductor to fuse with what stands around them. That saves a pass
             over the tensor where a neighbour is elementwise, and makes Inductor compile each anew: a training step
             takes two to three times as long to compile. Otherwise graphs call kernels that were compiled once.
+        join: send small payloads of a compiled graph together, where none depends on another. Which ones those are is
+            read off the graph: switch it off where the ranks of one group run different programs.
         feedback: what rounding takes from the sums of gradients is kept there and added at the next step, if given;
             for one program's policy, and to be checkpointed on every rank. It costs a float32 copy of what is sent and
             a second coding. Sums whose elements are others at every step, as of activations, do without, and say so.
@@ -66,6 +68,7 @@ class Policy:
     link: Link | None = None
     overrides: tuple[Override, ...] = ()
     fuse: bool = False
+    join: bool = True
     feedback: Feedback | None = None
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ the graph around it. A graph's own record is ``gm.meta["qpass"]``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -72,14 +73,30 @@ class GraphRecord:
 
 
 def record_of(node: fx.Node) -> NodeRecord | None:
-    """The decision kept on ``node``, if any."""
+    """The decision kept on ``node``, if there is one."""
     found = node.meta.get(NODE_KEY)
     return found if isinstance(found, NodeRecord) else None
+
+
+def records_of(node: fx.Node) -> tuple[NodeRecord, ...]:
+    """All decisions kept on ``node``: one, or those about the operations that it stands for."""
+    found = node.meta.get(NODE_KEY, ())
+    return (found,) if isinstance(found, NodeRecord) else found
+
+
+def stands_for_several(node: fx.Node) -> bool:
+    """Whether ``node`` does what several operations did, each with a decision of its own or none."""
+    return isinstance(node.meta.get(NODE_KEY), tuple)
 
 
 def set_record(node: fx.Node, record: NodeRecord) -> None:
     """Keep ``record`` on ``node``; the latest decision wins."""
     node.meta[NODE_KEY] = record
+
+
+def set_records(node: fx.Node, records: Iterable[NodeRecord]) -> None:
+    """Keep the decisions about the operations that ``node`` stands for."""
+    node.meta[NODE_KEY] = tuple(records)
 
 
 def graph_record(gm: fx.GraphModule) -> GraphRecord:

@@ -16,13 +16,13 @@ from qpass.comm.override import Place, Seen
 from qpass.comm.policy import LARGE, Policy
 from qpass.comm.schedule import shots
 from qpass.graph.edit import Editor
-from qpass.graph.record import record_of, set_record
+from qpass.graph.record import record_of, set_record, stands_for_several
 from qpass.graph.sizes import is_data_dependent, is_known, sizes
 from qpass.graph.source import module_stack
 from qpass.numerics import dtype_name
 from qpass.passes.annotate import NotAsked, describe
 from qpass.passes.frame import Pass
-from qpass.rewrite.coalesced import COALESCED, NOT_WAITED, Coalesced, as_bucket, as_coalesced
+from qpass.rewrite.coalesced import COALESCED, NOT_WAITED, WRITING, Coalesced, as_bucket, as_coalesced
 from qpass.rewrite.coded import ENCODE_FED, ENCODERS, as_coded, decoded, encoded
 from qpass.rewrite.collective import (
     KINDS,
@@ -33,9 +33,10 @@ from qpass.rewrite.collective import (
     as_collective,
     group_name,
     is_other_collective,
+    operator_of,
 )
 from qpass.rewrite.gradient import gradient_name
-from qpass.rewrite.in_place import IN_PLACE, as_functional, as_in_place
+from qpass.rewrite.in_place import IN_PLACE, as_functional, as_in_place, read_after_wait
 from qpass.rewrite.match import normalized
 from qpass.rewrite.parts import coded_parts, fills_rows
 from qpass.rewrite.rule import Refusal, require
@@ -66,16 +67,18 @@ class InsertCodecs(Pass):
         edit = Editor(gm, self.name)
         done = 0
         for node in list(gm.graph.nodes):
-            if node.target in FORMS:
+            if operator_of(node) in FORMS:
                 done += self._visit(node, edit)
             elif is_other_collective(node):
                 _leave(node, "this form of collective is not compressed", asked=True)
         return done
 
     def _visit(self, node: fx.Node, edit: Editor) -> int:
-        known, kinds = record_of(node), self.policy.kinds
-        if known is not None and known.outcome == "quantized":
+        known, kinds, kind = record_of(node), self.policy.kinds, FORMS[operator_of(node)]
+        if (known is not None and known.outcome == "quantized") or stands_for_several(node):
             return 0
+        if operator_of(node) in (*IN_PLACE, *WRITING):
+            read_after_wait(node)
         try:
             found = as_coalesced(node) if node.target in COALESCED else _one(node, edit)
             if isinstance(found, Collective) and (as_coded(found.x) is not None or found.x.target in ENCODERS):
@@ -86,10 +89,10 @@ class InsertCodecs(Pass):
             kinds = policy.kinds
             _check(found)
         except Refusal as refusal:
-            return _leave(node, refusal.reason, asked=FORMS[node.target] in kinds and not isinstance(refusal, NotAsked))
+            return _leave(node, refusal.reason, asked=kind in kinds and not isinstance(refusal, NotAsked))
         if isinstance(found, Coalesced):
             found = _one(as_bucket(edit, found, policy.codec), edit)
-        elif node.target in IN_PLACE:
+        elif operator_of(node) in IN_PLACE:
             found = as_functional(edit, found)
         _round(found, policy.codec, edit, self._state(found))
         record = describe(found.node, "quantized").but(op=found.kind, kernel=str(policy.codec), asked=True)
@@ -130,7 +133,7 @@ class InsertCodecs(Pass):
 
 
 def _one(node: fx.Node, edit: Editor) -> Collective:
-    found = as_in_place(node) if node.target in IN_PLACE else as_collective(node)
+    found = as_in_place(node) if operator_of(node) in IN_PLACE else as_collective(node)
     assert found is not None
     free_of_sizes(edit, found)
     return found
@@ -188,8 +191,8 @@ def _leave(node: fx.Node, reason: str, asked: bool) -> int:
     if known is not None and known.outcome == "lowered":  # narrowed by a rule, which is worth more to know
         return 0
     record = describe(node, "float", reason=reason).but(asked=asked)
-    if node.target in FORMS:
-        record = record.but(op=FORMS[node.target], group=group_name(node))
+    if operator_of(node) in FORMS:
+        record = record.but(op=FORMS[operator_of(node)], group=group_name(node))
     set_record(node, record)
     return 0
 
@@ -198,14 +201,14 @@ def seen_in(gm: fx.GraphModule, policy: Policy, backward: bool) -> Seen:
     """What the overrides of ``policy`` can be held against in a graph, and which of them hold for a collective."""
     seen = Seen(backward)
     for node in gm.graph.nodes:
-        if node.target in FORMS:
+        if operator_of(node) in FORMS:
             seen.note(_place(node, backward), policy.overrides)
     return seen
 
 
 def _place(node: fx.Node, backward: bool) -> Place:
     modules = tuple(path for path, _ in module_stack(node) if path)
-    return Place(FORMS[node.target], _names_of(group_name(node)), modules, backward)
+    return Place(FORMS[operator_of(node)], _names_of(group_name(node)), modules, backward)
 
 
 def _names_of(group: str) -> tuple[str, ...]:

@@ -8,7 +8,8 @@
     sum[0:200].view(4, 50), sum[256:556]
 
 A collective moves or sums elements one by one, so where they stand changes nothing. Each tensor starts on a row, so
-that it is rounded as it would be alone.
+that it is rounded as it would be alone. What is written in place is copied there where it is waited for, as in
+`qpass.rewrite.in_place`.
 """
 
 from __future__ import annotations
@@ -33,9 +34,13 @@ aten = torch.ops.aten
 COALESCED: dict[Any, tuple[str, Any]] = {
     ops.all_gather_into_tensor_coalesced.default: ("all_gather", ops.all_gather_into_tensor.default),
     ops.all_reduce_coalesced.default: ("all_reduce", ops.all_reduce.default),
+    ops.all_reduce_coalesced_.default: ("all_reduce", ops.all_reduce.default),
     ops.reduce_scatter_tensor_coalesced.default: ("reduce_scatter", ops.reduce_scatter_tensor.default),
 }
 """Operator -> its kind, and the operator that does the same to one tensor."""
+
+WRITING = (ops.all_reduce_coalesced_.default,)
+"""Those that write their results over what they send."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def as_coalesced(node: fx.Node) -> Coalesced:
         is_waited = index is not None and len(readers) == 1 and readers[0].target is WAIT
         require(is_waited and index not in waits, NOT_WAITED, node)
         waits[index] = readers[0]
-    require(waits, NOT_WAITED, node)
+    is_read = len(waits) == len(xs) if node.target in WRITING else waits
+    require(is_read, NOT_WAITED, node)
     return Coalesced(node, kind, list(xs), waits, given.get("reduce_op", ""), world_in(node))
 
 
@@ -119,7 +125,10 @@ def as_bucket(edit: Editor, found: Coalesced, wire: WireFormat) -> fx.Node:
             ends = (argument(start), argument(start + length))
             values = edit.call(aten.slice.Tensor, table, 1, *ends, **place)
             shape = arguments(_shape(edit, found.xs[index], rows, parts, **place))
-            wait.replace_all_uses_with(edit.call(aten.reshape.default, values, shape, **place))
+            result = edit.call(aten.reshape.default, values, shape, **place)
+            if node.target in WRITING:
+                edit.call(aten.copy_.default, found.xs[index], result, **place)
+            wait.replace_all_uses_with(result)
         start = start + room
     item: Any
     reader: Any

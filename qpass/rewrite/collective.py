@@ -112,23 +112,31 @@ def as_collective(node: Any) -> Collective | None:
 
 def is_other_collective(node: fx.Node) -> bool:
     """Whether a node communicates in a form that `as_collective` does not read: coalesced, in place, into an output."""
-    target: Any = node.target if node.op == "call_function" else None
-    if target in FUNCTIONALIZED:
-        target = node.args[0]
+    target: Any = operator_of(node) if node.op == "call_function" else None
     if getattr(target, "namespace", "") not in ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional"):
         return False
     return target not in KINDS and not any(word in target._schema.name for word in ("wait_tensor", "_wrap_tensor"))
 
 
+def operator_of(node: fx.Node) -> Any:
+    """What a node calls: where AOTAutograd wrapped an operator that writes to its arguments, that operator."""
+    return node.args[0] if node.target in FUNCTIONALIZED else node.target
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of `operator_of` by name; of one that is wrapped the newer wrapper leaves out its output."""
+    return dict(node.kwargs) if node.target in FUNCTIONALIZED else normalized(node)
+
+
 def group_name(node: fx.Node) -> str:
     """The name of a collective's process group; ``""`` where the graph does not hold it."""
-    group = normalized(node)["group_name"]
+    group = arguments_of(node)["group_name"]
     return group if isinstance(group, str) else ""
 
 
 def world_in(node: fx.Node) -> int | None:
     """The number of ranks of a collective's group, None where nothing tells it."""
-    given = normalized(node)
+    given = arguments_of(node)
     if "group_size" in given:
         return given["group_size"]
     if "input_split_sizes" in given:

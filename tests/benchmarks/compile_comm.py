@@ -1,6 +1,6 @@
 """Compile time with compressed collectives beside Inductor alone, on the same programs; nothing is sent.
 
-    python tests/benchmarks/compile_comm.py --json F [--rounds 3] [--layers 4]
+    python tests/benchmarks/compile_comm.py --json F [--rounds 3] [--layers 4] [--dynamic]
 
 One process in torch's fake group of 2 ranks. Every compilation starts with empty caches and counts from the first call
 to the end of its first step; the systems take turns.
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--dynamic", action="store_true", help="with symbolic sizes of the batch")
     given = parser.parse_args()
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -93,9 +94,9 @@ def main() -> None:
         times: dict[str, list[float]] = {system: [] for system in OPTIONS}
         for turn in range(1 + given.rounds):  # the first imports
             for system, options in OPTIONS.items():
-                took = seconds(step, options)
+                took = seconds(step, {**options, "dynamic": given.dynamic or None})
                 times[system] += [took] if turn else []
-        case = f"{program.__name__}, {given.layers} blocks"
+        case = f"{program.__name__}, {given.layers} blocks{', symbolic sizes' * given.dynamic}"
         for metric, figure in (("compile_median", statistics.median), ("compile_min", min)):
             rows += [Row(case, system, metric, round(figure(took), 3), "s") for system, took in times.items()]
     print_table(rows, ratio_of="compile_median", ratio_to="inductor")

@@ -27,8 +27,11 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from tensor_parallel import Block, parallel
 from train_simple_fsdp import shard
 
-SIZES = {"TP block": (16, 512, 256), "SimpleFSDP step": (1, 64, 1024)}
+SIZES = {"TP block": (16, 512, 256), "SimpleFSDP step": (1, 64, 1024), "SimpleFSDP step, small": (1, 64, 192)}
 """Batch, length and width: little to compute for what is sent, so that its noise does not hide what is measured."""
+
+SMALL = ("SimpleFSDP step, small",)
+"""Programs whose parameters are so small that it is the number of transfers that costs: sent together, and apart."""
 
 LEAST = 1 << 16  # bytes from which a policy compresses
 WARM_UP = 4  # turns that are not counted: the first ones compile, and touch memory for the first time
@@ -111,6 +114,10 @@ def rank_main(rank: int, world: int, folder: str, transport: str, rounds: int, s
             "inductor": step_of(case),
             "qpass int8": step_of(case, backend="qpass", options={"comm": "int8"}),
         }
+        if case in SMALL:
+            for system, join in (("qpass int8, all of it", True), ("qpass int8, all of it, apart", False)):
+                policy = comm.Policy("int8", min_bytes=0, join=join)
+                calls[system] = step_of(case, backend="qpass", options={"comm": policy})
         if transport == "gloo":
             calls["eager int8"] = eager(case)
         times: dict[str, list[float]] = {system: [] for system in calls}

@@ -144,7 +144,7 @@ def lists_of_tensors(rank: int, world: int) -> None:
     assert watch.before == [
         {"all_reduce_coalesced": 1, "all_gather_into_tensor_coalesced": 1, "reduce_scatter_tensor_coalesced": 1}
     ]
-    assert watch.after == [{"all_gather uint8": 2, "all_to_all uint8": 1}]
+    assert watch.after == [{"all_gather uint8": 1, "all_to_all uint8": 1}]  # the sum's joins the other
     expected = [rounded(x * 2), rounded(y * 3)]
     for tensor in expected:
         dist.all_reduce(tensor)
@@ -156,6 +156,32 @@ def lists_of_tensors(rank: int, world: int) -> None:
         comm.reduce_scatter(expected[-1], tensor, op=dist.ReduceOp.AVG, codec=INT8)
     for result, reference in zip(results, expected, strict=True):
         assert torch.equal(result, reference + 1)
+
+
+def outputs(rank: int, world: int) -> None:
+    """Functional collectives that the user has write into a new tensor and into an input, and reads there."""
+    name = dist.distributed_c10d._get_default_group().group_name
+    c10d = torch.ops._c10d_functional
+
+    def function(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        whole = x.new_empty(world * 6, 50)
+        c10d.wait_tensor(c10d.all_gather_into_tensor_out(x * 2, world, name, out=whole))
+        c10d.wait_tensor(c10d.reduce_scatter_tensor_out(x * 3, "sum", world, name, out=kept))
+        return whole, kept + 1
+
+    x, kept = value(rank, 6, 50), torch.zeros(3, 50)
+    with Watch() as watch:
+        compiled = torch.compile(function, backend="qpass", options=ALL)
+        compiled(x, kept)
+        whole, more = check_sent(compiled, x, kept, payloads=payload_bytes(300, 150))
+    assert watch.before == [{"all_gather_into_tensor_out": 1, "reduce_scatter_tensor_out": 1}]
+    assert watch.after == [{"all_gather uint8": 1, "all_to_all uint8": 1}]
+    gathered, scattered = x.new_empty(world * 6, 50), x.new_empty(3, 50)
+    comm.all_gather(gathered, x * 2, codec=INT8)
+    comm.reduce_scatter(scattered, x * 3, codec=INT8)
+    assert torch.equal(whole, gathered)
+    assert torch.equal(kept, scattered)
+    assert torch.equal(more, scattered + 1)
 
 
 def quantized_values(rank: int, world: int) -> None:

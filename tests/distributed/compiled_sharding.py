@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from qpass import comm
 from ranks import everywhere
-from watched import ALL, INT8, Watch, check_sent, payload_bytes, value
+from watched import ALL, HEADERS, INT8, Watch, check_sent, payload_bytes, value
 
 Whole = Callable[[Tensor], Tensor]
 
@@ -107,8 +107,39 @@ def train(rank: int, world: int, dtype: torch.dtype, told: list[str]) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert watch.before == [{"all_gather float32": 2}, {"reduce_scatter float32": 2}]
-    assert watch.after == [{"all_gather uint8": 2}, {"all_to_all uint8": 2}]
+    assert watch.after == [{"all_gather uint8": 1}, {"all_to_all uint8": 1}]  # both weights at once
     assert sorted(record.reason for record in watch.decisions[:2]) == sorted(told)
+
+
+def joined(rank: int, world: int) -> None:
+    """Small weights are gathered at once, and their gradients scattered at once: the bits and the bytes stay."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for rows, columns in ((96, 64), (80, 96), (64, 80), (32, 64)):
+        layers += [nn.Linear(columns, rows, bias=False), nn.ReLU()]
+    model = nn.Sequential(*layers)
+    shard_weights(model, init_device_mesh("cpu", (world,)))
+    sizes = [shard.numel() for shard in shards_of(model)]
+    x, results = value(rank, 16, 64), []
+    for join, count in ((False, 4), (True, 1)):
+        torch._dynamo.reset()
+        policy = comm.Policy("int8", min_bytes=0, join=join)
+        with Watch() as watch:
+            compiled = torch.compile(
+                lambda x: model(x).square().mean(), backend="qpass", options={"comm": policy}, fullgraph=True
+            )
+            compiled(x).backward()
+            model.zero_grad()
+            payloads = (world - 1) * payload_bytes(*sizes)
+            headers = HEADERS * world // 2  # apart it takes a rank of four 72 messages
+            loss = check_sent(compiled, x, payloads=payloads, headers=headers)
+            check_sent(loss.backward, payloads=payloads, headers=headers)
+        assert watch.before == [{"all_gather float32": 4}, {"reduce_scatter float32": 4}]
+        assert watch.after == [{"all_gather uint8": count}, {"all_to_all uint8": count}]
+        assert [record.kernel.endswith(", joined with 3 others") for record in watch.decisions] == [join] * 8
+        results.append([loss.detach(), *(parameter.grad.to_local() for parameter in model.parameters())])  # type: ignore[union-attr]
+        model.zero_grad()
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def cast_to_float8(rank: int, world: int) -> None:
@@ -127,8 +158,8 @@ def cast_to_float8(rank: int, world: int) -> None:
         compiled = torch.compile(function, backend="qpass", options=ALL, fullgraph=True)
         compiled(x)
         found = check_sent(compiled, x, payloads=48 * 64 + 16 * 96)
-    assert (watch.before, watch.after) == ([{"all_gather float32": 2}], [{"all_gather uint8": 2}])
-    assert {record.kernel for record in watch.decisions} == {"all_gather of float8_e4m3fn"}
+    assert (watch.before, watch.after) == ([{"all_gather float32": 2}], [{"all_gather uint8": 1}])
+    assert {record.kernel for record in watch.decisions} == {"all_gather of float8_e4m3fn, joined with 1 other"}
     assert torch.equal(found, F.linear(F.linear(x, plain[0]).relu(), plain[1]))
 
 
@@ -158,7 +189,7 @@ def two_meshes(rank: int, world: int) -> None:
             found = check_sent(compiled, x, payloads=payload_bytes(*gathers, *sums))
             check_sent(found.backward, payloads=payload_bytes(*gathers))
     assert watch.before == [{"all_gather float32": 2, "all_reduce float32": 1}, {"reduce_scatter float32": 2}]
-    assert watch.after == [{"all_gather uint8": 3}, {"all_to_all uint8": 2}]
+    assert watch.after == [{"all_gather uint8": 2}, {"all_to_all uint8": 1}]  # both weights at once
 
     data, tensor = mesh.get_group("data"), mesh.get_group("tensor")
     first, second = (weight.to_local().detach() for weight in (*up.parameters(), *down.parameters()))  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qpass import comm
 from qpass.compress import collectives, compress
+from qpass.graph.record import NodeRecord
 from qpass.passes.insert_codecs import InsertCodecs
 from qpass.passes.lower_collectives import LowerCollectives
 from qpass.rewrite.collective import KINDS
@@ -113,17 +114,23 @@ class Program:
 def program(seed: int, groups: list[tuple[str, int]]) -> Program:
     """The program of a seed over groups of these names and sizes, the same on every rank."""
     choose = random.Random(seed)
-    lanes = tuple(_lane(choose, groups) for _ in range(choose.randint(1, 4)))
-    kinds = choose.sample(sorted(comm.cost.FORMS), choose.randint(1, 5))
-    policy = comm.Policy(choose.choice(CODECS), tuple(kinds), choose.choice((0, 0, 2048)))
+    kinds = sorted(comm.cost.FORMS)
+    if choose.random() < 0.5:  # lanes that may be joined
+        places, one = [choose.choice(groups)], [choose.choice(kinds)]
+        lanes = tuple(_lane(choose, places, one) for _ in range(choose.randint(3, 5)))
+        policy = comm.Policy(choose.choice(CODECS), tuple(kinds), 0)
+    else:
+        lanes = tuple(_lane(choose, groups, kinds) for _ in range(choose.randint(1, 4)))
+        kinds = choose.sample(kinds, choose.randint(1, 5))
+        policy = comm.Policy(choose.choice(CODECS), tuple(kinds), choose.choice((0, 0, 2048)))
     if choose.random() < 0.3:
         policy = policy.override(choose.choice((None, *CODECS)), kind=choose.choice(sorted(comm.cost.FORMS)))
     return Program(seed, lanes, policy)
 
 
-def _lane(choose: random.Random, groups: list[tuple[str, int]]) -> Lane:
+def _lane(choose: random.Random, groups: list[tuple[str, int]], kinds: list[str]) -> Lane:
     group, world = choose.choice(groups)
-    kind = choose.choice(sorted(comm.cost.FORMS))
+    kind = choose.choice(kinds)
     dtype = choose.choice((torch.float32, torch.float32, torch.float32, *HALF, torch.int64))
     rows, columns = world * choose.randint(1, 9), choose.choice((1, 3, 32, 50, 128, 200))
     shape = (rows,) if choose.random() < 0.2 else (rows, columns)
@@ -137,7 +144,7 @@ def _lane(choose: random.Random, groups: list[tuple[str, int]]) -> Lane:
         choose.choice((None, None, torch.bfloat16, torch.float8_e4m3fn)), choose.random() < 0.5, splits,
     )  # fmt: skip
     if lane.dtype is torch.float32 and lane.cast is None and choose.random() < 0.4:
-        second = replace(_lane(choose, groups), kind=choose.choice(("all_reduce", "all_gather", "broadcast")))
+        second = replace(_lane(choose, groups, kinds), kind=choose.choice(("all_reduce", "all_gather", "broadcast")))
         lane = replace(lane, again=replace(second, dtype=torch.float32, splits=(), again=None))
     return replace(lane, op="sum" if dtype is torch.int64 and lane.op == "avg" else lane.op)
 
@@ -176,31 +183,35 @@ def groups() -> list[tuple[str, int]]:
     return [(default.group_name, default.size())] * 2 + [(twin.group_name, twin.size()), (alone.group_name, 1)]
 
 
-def check(seed: int, rank: int, compiled: bool = False) -> tuple[int, list[str]]:
-    """Run one program: the number of its collectives that were compressed, and what is wrong with it on any rank.
+def check(seed: int, rank: int, compiled: bool = False) -> tuple[list[NodeRecord], list[str]]:
+    """Run one program: its decisions as made for Inductor, and what is wrong with it on any rank.
 
-    ``compiled``: by `torch.compile`, too, which gives the same bits.
+    Made ready for Inductor it gives the same bits, and so it does ``compiled`` by `torch.compile`.
     """
     made = program(seed, groups())
     inputs = made.inputs(rank)
     plain = traced(made, inputs)
-    oracle, narrow = copy.deepcopy(plain), copy.deepcopy(plain)
+    oracle, narrow, ready = (copy.deepcopy(plain) for _ in range(3))
     LowerCollectives().run(oracle)  # what others rounded is sent narrow, bit for bit
     InsertCodecs(made.policy).run(oracle)
     oracle.recompile()
     compress(narrow, _fitting(made.policy, plain))
-    expected, found = oracle(*inputs), narrow(*inputs)
-    decisions = [(record.op, record.kernel, record.reason) for record in collectives(narrow)]
+    compress(ready, _fitting(made.policy, plain), inductor=True)
+    expected, found, joined = oracle(*inputs), narrow(*inputs), ready(*inputs)
+    decisions = [(record.op, record.kernel, record.reason) for record in collectives(ready)]
     faults = [] if len({repr(one) for one in gathered(decisions)}) == 1 else [f"ranks decide differently: {decisions}"]
     for lane, x, reference, result in zip(made.lanes, inputs, expected, found, strict=True):
         faults += [f"{fault}: {lane}" for fault in _differences(lane, x, reference, result)]
+    others = {"ready for Inductor": joined}
     if compiled:
         torch._dynamo.reset()
-        again = torch.compile(made, backend="qpass", options={"comm": made.policy}, dynamic=False)(*inputs)
+        call = torch.compile(made, backend="qpass", options={"comm": made.policy}, dynamic=False)
+        others["compiled"] = call(*inputs)
+    for how, again in others.items():
         same = [torch.equal(bits(one), bits(other)) for one, other in zip(again, found, strict=True)]
-        faults += [f"other bits when compiled: {lane}" for lane, ok in zip(made.lanes, same, strict=True) if not ok]
+        faults += [f"other bits when {how}: {lane}" for lane, ok in zip(made.lanes, same, strict=True) if not ok]
     everyones = sorted({f"seed {seed}: {fault}" for faults in gathered(faults) for fault in faults})
-    return sum(record.outcome == "lowered" for record in collectives(narrow)), everyones
+    return collectives(ready), everyones
 
 
 def _differences(lane: Lane, x: Tensor, reference: Tensor, result: Tensor) -> Iterator[str]:
@@ -255,4 +266,6 @@ def _run(seeds: range, rank: int, every: int) -> None:
     checked = [check(seed, rank, compiled=seed % every == 0) for seed in seeds]
     faults = [fault for _, faults in checked for fault in faults]
     assert not faults, f"{len(faults)} faults\n" + "\n".join(faults)
-    assert sum(count for count, _ in checked) > len(seeds) / 2  # else the programs are not about compression any more
+    found = [record for records, _ in checked for record in records]  # else they are not about compression any more
+    assert sum(record.outcome == "lowered" for record in found) > len(seeds) / 2
+    assert sum(", joined with" in record.kernel for record in found) > len(seeds) / 5

@@ -10,8 +10,8 @@ import pytest
 import ranks
 
 PROGRAMS = {
-    "compiled_forms.py": ("mixture_of_experts", "lists_of_tensors", "quantized_values"),
-    "compiled_sharding.py": ("simple_fsdp", "cast_to_float8"),
+    "compiled_forms.py": ("mixture_of_experts", "lists_of_tensors", "outputs", "quantized_values"),
+    "compiled_sharding.py": ("simple_fsdp", "cast_to_float8", "joined"),
 }
 CASES = [(file, program) for file, programs in PROGRAMS.items() for program in programs]
 
@@ -31,7 +31,7 @@ def test_on_two_ranks(file: str, program: str) -> None:
     ("file", "program", "world"),
     [
         ("compiled_forms.py", "changing_sizes", 2), ("compiled_sharding.py", "simple_fsdp_in_float32", 2),
-        ("compiled_sharding.py", "two_meshes", 4),
+        ("compiled_sharding.py", "two_meshes", 4), ("compiled_sharding.py", "joined", 4),
     ],
 )  # fmt: skip
 def test_that_takes_longer(file: str, program: str, world: int) -> None:

@@ -66,10 +66,36 @@ def test_a_list_is_sent_as_one_tensor() -> None:
     assert text(gm) == once
 
 
+def summed_in_place(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    xs = [x * 1, y * 1]
+    ops.all_reduce_coalesced_(xs, "sum", "0")
+    for each in xs:
+        send.wait(each)
+    return xs[0] * 2, xs[1] * 1
+
+
+def test_what_is_written_in_place_is_copied_there() -> None:
+    gm = compress(traced(summed_in_place, value(0, 4, 50), value(0, 128)), ALL)
+    lines = text(gm)
+    assert lines[lines.index("reshape_3 = reshape(decode_reduce, [1, -1])") :] == [
+        "reshape_3 = reshape(decode_reduce, [1, -1])",
+        "slice = slice.Tensor(reshape_3, 1, 0, 200)",
+        "reshape_4 = reshape(slice, [4, 50])",
+        "copy_ = copy_(mul, reshape_4)",
+        "slice_1 = slice.Tensor(reshape_3, 1, 256, 384)",
+        "reshape_5 = reshape(slice_1, [128])",
+        "copy__1 = copy_(mul_1, reshape_5)",
+        "mul_2 = mul.Tensor(reshape_4, 2)",
+        "mul_3 = mul.Tensor(reshape_5, 1)",
+        "return [mul_2, mul_3]",
+    ]
+
+
 def alone(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same results from one collective for each tensor."""
     kinds = {
         summed: lambda x, y: (send.all_reduce(x) * 2, send.all_reduce(y)),
+        summed_in_place: lambda x, y: (send.all_reduce(x) * 2, send.all_reduce(y)),
         gathered: lambda x, y: (send.all_gather(x), send.all_gather(y)),
         scattered: lambda x, y: (send.reduce_scatter(y, "avg"), send.reduce_scatter(x, "avg")),
     }
@@ -78,7 +104,7 @@ def alone(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("form", ["int8", "int4:32:bf16:hadamard", "bf16"])
-@pytest.mark.parametrize("function", [summed, gathered, scattered])
+@pytest.mark.parametrize("function", [summed, summed_in_place, gathered, scattered])
 def test_bit_for_bit_as_each_tensor_alone(function: Callable[..., Any], form: str, dynamic: bool) -> None:
     inputs = [(value(rank, 4, 50), value(rank + 5, 6, 3, 30)) for rank in range(2)]
     policy = Policy(form, min_bytes=0)
@@ -121,6 +147,10 @@ DECLINED: list[tuple[Callable[..., Any], Tensor, Policy, str, bool]] = [
     (lambda x, y: summed(x, y, "max"), Y, ALL, "a max cannot be taken over payloads", True),
     (
         lambda x, y: ops.all_reduce_coalesced([x, y], "sum", "0"), Y, ALL,
+        "its result is read without being waited for, or more than once", True,
+    ),
+    (
+        lambda x, y: send.wait(ops.all_reduce_coalesced_([x * 1, y * 1], "sum", "0")[0]), Y, ALL,  # the other is not
         "its result is read without being waited for, or more than once", True,
     ),
     (summed, Y, Policy("int8"), "1,312 bytes are fewer than the policy's min_bytes of 65,536", False),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._prims_common import make_contiguous_strides_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lockstep as send
@@ -114,14 +115,68 @@ def test_near_misses_are_declined() -> None:
     assert record.reason == "its result is read without being waited for, or more than once"
 
 
-def test_what_autograd_wrapped_is_declined_and_not_overlooked() -> None:
-    def function(x: Tensor) -> Tensor:
-        wrapped = torch._higher_order_ops.auto_functionalize.auto_functionalized
-        _, out = wrapped(
-            ops.all_gather_into_tensor_out.default, input=x, group_size=2, group_name="0", out=x.new_empty(8, 50)
-        )
-        return send.wait(out)
+def wrapped(x: Tensor, *size: int) -> Tensor:
+    """``all_gather_into_tensor_out`` of two ranks as AOTAutograd writes it; its output is made where it runs."""
+    size = size or (2 * len(x), *x.shape[1:])
+    said = {"_out_size": size, "_out_stride": make_contiguous_strides_for(size)}
+    said |= {"_out_dtype": x.dtype, "_out_device": x.device}
+    return torch.ops.higher_order.auto_functionalized_v2(
+        ops.all_gather_into_tensor_out.default, input=x, group_size=2, group_name="0", _all_bases=[], **said
+    )
+
+
+def test_what_autograd_wrapped_becomes_functional() -> None:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        gathered = wrapped(x * 2)
+        between = x.exp()
+        send.wait(gathered)  # read by nobody, as where it is called for its output
+        return gathered * 3, between
 
     gm = traced(function, value(0, 4, 50))
-    (record,) = collectives(compress(gm, ALL))
-    assert (record.outcome, record.reason, record.asked) == ("float", "this form of collective is not compressed", True)
+    assert [line.split("(")[0] for line in text(gm)] == [
+        "mul = mul.Tensor", "auto_functionalized_v2 = auto_functionalized_v2", "exp = exp",
+        "wait_tensor = wait_tensor", "mul_1 = mul.Tensor", "return [mul_1, exp]",
+    ]  # fmt: skip
+    compress(gm, ALL)
+    assert text(gm) == [
+        "mul = mul.Tensor(x, 2)",
+        "encode = encode(mul, int8:128:bf16)",
+        "all_gather_into_tensor = all_gather_into_tensor(encode, 2, 0)",
+        "exp = exp(x)",
+        "wait_tensor = wait_tensor(all_gather_into_tensor)",
+        "decode = decode(wait_tensor, 512, float32, int8:128:bf16)",
+        "view = view(decode, [2, 256])",
+        "slice = slice.Tensor(view, 1, 0, 200)",
+        "clone = clone(slice, memory_format=torch.contiguous_format)",
+        "view_1 = view(clone, [8, 50])",
+        "mul_1 = mul.Tensor(view_1, 3)",
+        "return [mul_1, exp]",
+    ]
+    (record,) = collectives(gm)
+    assert (record.op, record.outcome, record.group) == ("all_gather", "lowered", "0")
+
+
+def too_early(x: Tensor) -> Tensor:
+    gathered = wrapped(x)
+    return gathered.exp() + send.wait(gathered)
+
+
+def by_the_older_wrapper(x: Tensor) -> Tensor:
+    call = torch._higher_order_ops.auto_functionalize.auto_functionalized
+    _, out = call(ops.all_gather_into_tensor_out.default, input=x, group_size=2, group_name="0", out=x.new_empty(8, 50))
+    return send.wait(out)
+
+
+DECLINED: dict[str, Callable[[Tensor], Tensor]] = {
+    "its result is read without being waited for, or more than once": too_early,
+    "its output has another shape than what is received": lambda x: send.wait(wrapped(x, 2, 4, 50)),
+    "this form of collective is not compressed": by_the_older_wrapper,
+}
+
+
+@pytest.mark.parametrize("reason", DECLINED)
+def test_what_autograd_wrapped_may_be_declined(reason: str) -> None:
+    (record,) = collectives(compress(traced(DECLINED[reason], value(0, 4, 50)), ALL))
+    assert (record.op, record.outcome, record.reason, record.asked) == ("all_gather", "float", reason, True)
+    (record,) = collectives(compress(traced(DECLINED[reason], value(0, 4, 50)), Policy("int8", "all_reduce", 0)))
+    assert not record.is_missed
