@@ -116,7 +116,8 @@ def _join(bucket: list[Collective], edit: Editor) -> None:
     payload = edit.call(JOIN, [member.x for member in members], parts, **here)
     lengths = [product(sizes(edit, member.x, **here)) // parts for member in members]
     ends = list(accumulate(lengths, initial=0))
-    settings = {name: [argument(ends[-1])] * parts if name in SPLITS else value for name, value in _settings(first).items()}
+    splits = [argument(ends[-1])] * parts
+    settings = {name: splits if name in SPLITS else value for name, value in _settings(first).items()}
     issue = edit.call(first.target, payload, *settings.values(), **here)  # type: ignore[arg-type]  # an operator
     others = len(members) - 1
     told = f", joined with {others} other{'s' if others > 1 else ''}"

@@ -27,7 +27,8 @@ class SplitTransfers(Pass):
 
     Each piece is sent while the next is coded, and decoded while the next arrives. A transfer starts where it started.
     One that is read by anything but one decoder is left whole, and so is one of less than two pieces, or whose parts do
-    not start on rows. A symbolic size is asked what a number would be and so guards the graph; `ResolveSizes` runs first.
+    not start on rows. A symbolic size is asked what a number would be and so guards the graph; `ResolveSizes` runs
+    first.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -76,7 +77,7 @@ def _split(collective: Collective, edit: Editor) -> int:
 
 
 def _starts_rows(numel: int | torch.SymInt, parts: int, wire: WireFormat) -> bool:
-    """Whether each of equal parts of a tensor starts on a row of its payload; asked of a symbolic size as of a number."""
+    """Whether each of equal parts of a tensor starts on a row of its payload. Guards a symbolic size."""
     return parts == 1 or bool(numel % (parts * wire.row) == 0)
 
 

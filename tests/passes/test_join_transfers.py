@@ -252,7 +252,21 @@ def test_symbolic_sizes_become_nodes() -> None:
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     lines = text(gm)
-    print(*lines, sep=chr(10))
+    start = lines.index("join_payloads = join_payloads([encode, encode_1], 2)")
+    assert lines[start + 1 : start + 10] == [
+        "sym_size_6 = sym_size.int(encode, 0)",
+        "floordiv_9 = floordiv(sym_size_6, 2)",
+        "sym_size_7 = sym_size.int(encode_1, 0)",
+        "floordiv_10 = floordiv(sym_size_7, 2)",
+        "add_6 = add(floordiv_9, floordiv_10)",
+        "all_to_all_single = all_to_all_single(join_payloads, [add_6, add_6], [add_6, add_6], 0)",
+        "wait_tensor = wait_tensor(all_to_all_single)",
+        "cut_payloads = cut_payloads(wait_tensor, 2, 0, floordiv_9)",
+        "floordiv_11 = floordiv(sym_size_2, 2)",
+    ]
+    assert any(line.startswith("cut_payloads_1 = cut_payloads(wait_tensor, 2, floordiv_9, add_6)") for line in lines)
+    ResolveSizes().run(gm)
+    assert JoinTransfers().run(gm) == 0
 
 
 def test_sums_with_error_feedback_are_joined() -> None:
