@@ -28,6 +28,10 @@ from qpass.refresh import LiveConstants, pick
 
 UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
 
+COMPUTED_ONCE = {"realize_opcount_threshold": 10}
+"""What two loops read, as the range of a row and then its codes, is stored if it takes so many operations; Inductor
+would compute a gelu of 25 operations twice."""
+
 
 def compile_lowered(
     gm: fx.GraphModule,
@@ -75,7 +79,7 @@ def compile_lowered(
                 *(mode.from_tensor(tensor, static_shapes=True) for tensor in held),
             ],
             inner_compile=inner or compile_fx_inner,
-            config_patches={**(config_patches or {}), **_patches(packed, post_grad)},
+            config_patches={**COMPUTED_ONCE, **(config_patches or {}), **_patches(packed, post_grad)},
             decompositions={**select_decomp_table(), **decompositions},
         )
     inputs = pick(positions)

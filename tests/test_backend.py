@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 
 import qpass
 from end_to_end.bound import bounds
@@ -174,6 +175,17 @@ def test_tensors_that_forward_makes_are_constants_and_keep_up_with_weights() -> 
         for result, expected in zip(compiled(x), model(x), strict=True):
             assert 10 * torch.log10(expected.square().sum() / (result - expected).square().sum()) > 35
         model.fc.weight.mul_(-3)
+
+
+@pytest.mark.skipif(bool(x86.missing()), reason=x86.missing())
+@torch.no_grad()
+def test_what_a_range_and_its_codes_read_is_computed_once() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8)).eval(), torch.randn(16, 32)
+    for inductor, count in (({}, 1), ({"realize_opcount_threshold": 1000}, 2)):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=qpass.backend("int8_dynamic", inductor=inductor))
+        _, (code,) = run_and_get_code(compiled, x)
+        assert code.count(".erf()") == count
 
 
 def test_parts_of_a_model_that_breaks_the_graph() -> None:

@@ -20,7 +20,7 @@ CASES = [(file, program) for file, programs in PROGRAMS.items() for program in p
 
 @functools.cache
 def results(file: str) -> dict[str, list[str]]:
-    return ranks.run(str(Path(__file__).with_name(file)), 2, list(PROGRAMS[file]), timeout=120)
+    return ranks.run(str(Path(__file__).with_name(file)), 2, list(PROGRAMS[file]), timeout=300)
 
 
 @pytest.mark.parametrize(("file", "program"), CASES)
