@@ -38,7 +38,9 @@ def pieces_of(numel: int | torch.SymInt, wire: WireFormat) -> int:
 
     A symbolic size is compared as a number would be, which guards the graph.
     """
-    pieces = next((most for most in range(CHUNKS, 1, -1) if numel >= most * CHUNK), 1)
+    pieces = 1
+    while pieces < CHUNKS and numel >= (pieces + 1) * CHUNK:
+        pieces += 1
     step = _step(numel, pieces, wire)
     while pieces > 1 and (pieces - 1) * step >= numel:  # so few rows that the last pieces are empty
         pieces -= 1
