@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import os
 import shutil
 import signal
@@ -205,10 +206,13 @@ def no_links() -> str:
     return f"links need {' and '.join(missing)} of iproute2" if missing else ""
 
 
+_LINKS = itertools.count()
+
+
 @contextmanager
 def link(world: int, mbit: int) -> Iterator[list[str]]:
     """Names of `world` network namespaces whose `eth0` sends at most `mbit` Mbit/s to the others."""
-    number = os.getpid()
+    number = f"{os.getpid()}.{next(_LINKS)}"  # those of the link before this one may not be gone yet
     bridge, names = f"qpb{number}", [f"qpass-{number}-{rank}" for rank in range(world)]
     try:
         ip(f"link add {bridge} type bridge")
