@@ -13,7 +13,7 @@ from torch import fx
 
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor
-from qpass.graph.sizes import argument, is_known, sizes
+from qpass.graph.sizes import argument, holds, sizes
 from qpass.rewrite.coded import ENCODERS, reduced
 from qpass.rewrite.collective import SUMS, c10d, ops
 from qpass.rewrite.expression import Expr
@@ -68,7 +68,7 @@ class AllReduceTwoShot(Rule):
         require(not coded.wire.stochastic, "every rank would round its part of the sum with the same random numbers")
         require(str(coded.wire) == m.form, f"the sum is rounded as {m.form} and its terms as {coded.wire}")
         require(
-            not coded.wire.hadamard or is_known(coded.numel % coded.wire.row == 0),
+            not coded.wire.hadamard or holds(coded.numel % coded.wire.row == 0),
             "the last row is not full, and rotating it would mix its padding into the values",
         )
 

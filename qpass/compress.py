@@ -32,6 +32,7 @@ from qpass.passes.frame import Pass
 from qpass.passes.insert_codecs import InsertCodecs, seen_in
 from qpass.passes.join_transfers import JoinTransfers
 from qpass.passes.lower_collectives import LowerCollectives
+from qpass.passes.resolve_sizes import ResolveSizes
 from qpass.passes.split_transfers import SplitTransfers
 from qpass.pipeline import run_pass, watch
 from qpass.rewrite.collective import KINDS, is_other_collective
@@ -63,7 +64,7 @@ def compress(
     steps: list[Pass] = [LowerCollectives(), InsertCodecs(wanted, backward, gradients), LowerCollectives()]
     watching = watch(gm, "lowered")
     if inductor and not _inductor_schedules():
-        steps.append(SplitTransfers())
+        steps += [ResolveSizes(), SplitTransfers()]
         steps += [JoinTransfers()] if wanted.join else []
     if inductor and wanted.fuse:
         steps.append(ExpandCodecs())

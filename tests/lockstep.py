@@ -13,11 +13,13 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qpass.comm.pieces import SEND, send_pieces
 from qpass.graph.text import graph_text
 from qpass.ops.feedback import Feedback
-from qpass.rewrite.collective import WORLD_KEY, ops
+from qpass.rewrite.collective import KINDS, WORLD_KEY, ops
 from qpass.rewrite.match import normalized
 from qpass.rewrite.rule import Applied, Rule, apply_rules
 
@@ -62,12 +64,16 @@ def text(gm: fx.GraphModule) -> list[str]:
 
 
 def lockstep(
-    gm: fx.GraphModule, ranks: Sequence[Sequence[Tensor]], feedbacks: Sequence[Feedback] | None = None
+    gm: fx.GraphModule,
+    ranks: Sequence[Sequence[Tensor]],
+    feedbacks: Sequence[Feedback] | None = None,
+    sent: list[tuple[str, int]] | None = None,
 ) -> list[Any]:
     """The result of every rank; ``ranks`` are the inputs of each. Every ``val`` is held against what was computed.
 
-    ``feedbacks`` hold the residuals of each.
+    ``feedbacks`` hold the residuals of each. ``sent`` takes the operator and bytes of every transfer of rank 0.
     """
+    sent = [] if sent is None else sent
     everyone: list[dict[fx.Node, Any]] = [{} for _ in ranks]
     symbols: list[dict[Any, int]] = [{} for _ in ranks]
     for index, node in enumerate(gm.graph.nodes):
@@ -75,9 +81,16 @@ def lockstep(
             return [fx.node.map_arg(node.args[0], env.__getitem__) for env in everyone]
         if node.op == "placeholder":
             results = [inputs[index] for inputs in ranks]
+        elif node.target is SEND:
+            given = [fx.node.map_arg(node.args, env.__getitem__) for env in everyone]
+            results = _sent_in_pieces(given, feedbacks)
+            kind = "all_gather" if given[0][2] == 1 else "all_to_all"
+            sent += [(kind, piece.nbytes * given[0][2] // given[0][4]) for piece in results[0]]
         elif node.target in _COLLECTIVES:
             given = [fx.node.map_arg(normalized(node), env.__getitem__) for env in everyone]
-            results = _COLLECTIVES[node.target]([each.get("input", each.get("inputs")) for each in given], given)
+            moved = [each.get("input", each.get("inputs")) for each in given]
+            sent.append((KINDS.get(node.target, "list"), sum(x.nbytes for x in tree_leaves(moved[0]))))
+            results = _COLLECTIVES[node.target](moved, given)
         else:
             given = [fx.node.map_arg((node.args, node.kwargs), env.__getitem__) for env in everyone]
             results = []
@@ -89,6 +102,29 @@ def lockstep(
                 assert _form(val, part, known) == _form(part, part, known), node.format_node()
             env[node] = result
     raise AssertionError("a graph without an output")
+
+
+def _sent_in_pieces(given: list[Any], feedbacks: Sequence[Feedback] | None) -> list[Any]:
+    """What every rank receives of `send_pieces`, whose transfers are held back and done here."""
+    payloads = []
+    for args, feedback in zip(given, feedbacks or [Feedback() for _ in given], strict=True):
+        with feedback.bound(), _Withheld():
+            payloads.append(send_pieces(*args))
+    _, _, parts, _, world, *_ = given[0]
+    pieces = list(zip(*payloads, strict=True))
+    if parts == 1:
+        received = [_all_gather(list(piece), []) for piece in pieces]
+    else:
+        cut = [zip(*(x.chunk(world) for x in piece), strict=True) for piece in pieces]
+        received = [[torch.cat(part) for part in parts_of] for parts_of in cut]
+    return [list(each) for each in zip(*received, strict=True)]
+
+
+class _Withheld(TorchDispatchMode):
+    """Collectives return what they would send."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in _COLLECTIVES else func(*args, **(kwargs or {}))
 
 
 def _form(val: Any, computed: Any, symbols: dict[Any, int]) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 _library = torch.library.Library("qpass", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library.define("join_payloads(Tensor[] payloads, int parts) -> Tensor", tags=_TAGS)
-_library.define("cut_payloads(Tensor joined, int parts, int start, int stop) -> Tensor", tags=_TAGS)
+_library.define("cut_payloads(Tensor joined, int parts, SymInt start, SymInt stop) -> Tensor", tags=_TAGS)
 
 
 def join_payloads(payloads: Sequence[Tensor], parts: int) -> Tensor:

@@ -11,7 +11,8 @@ some of the rows of every part, so codes, scales and values are those of the who
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +28,23 @@ _library.define(
     'send_pieces(Tensor x, str form, int parts, int pieces, int world, str group, str state="") -> Tensor[]', tags=_TAGS
 )
 _library.define(
-    "receive_pieces(Tensor[] received, int numel, ScalarType dtype, str form, int world, int divisor) -> Tensor",
+    "receive_pieces(Tensor[] received, SymInt numel, ScalarType dtype, str form, int world, int divisor) -> Tensor",
     tags=_TAGS,
 )
 
 
-def pieces_of(numel: int, wire: WireFormat) -> int:
-    """How many pieces a part of ``numel`` elements is sent in: as many as the eager schedules make of it."""
-    return sum(1 for _ in _elements(numel, max(1, min(CHUNKS, numel // CHUNK)), wire))
+def pieces_of(numel: int | torch.SymInt, wire: WireFormat) -> int:
+    """How many pieces a part of ``numel`` elements is sent in: as many as the eager schedules make of it.
+
+    A symbolic size is compared as a number would be, which guards the graph.
+    """
+    pieces = 1
+    while pieces < CHUNKS and numel >= (pieces + 1) * CHUNK:
+        pieces += 1
+    step = _step(numel, pieces, wire)
+    while pieces > 1 and (pieces - 1) * step >= numel:  # so few rows that the last pieces are empty
+        pieces -= 1
+    return pieces
 
 
 def send_pieces(
@@ -45,11 +55,11 @@ def send_pieces(
     sources = x.detach().reshape(parts, -1)
     residuals = residual_of(state, x).view(parts, -1) if state else [None] * parts
     received = []
-    for part in _elements(sources.shape[1], pieces, wire):
-        size = wire.payload_bytes(len(part))
+    for start, stop in _elements(sources.shape[1], pieces, wire):
+        size = wire.payload_bytes(stop - start)
         payload = torch.empty(parts * size, dtype=torch.uint8, device=x.device)
         for source, residual, own in zip(sources, residuals, payload.view(parts, size), strict=True):
-            cut = slice(part.start, part.stop)
+            cut = slice(start, stop)
             if residual is None:
                 encode_into(source[cut], own, wire)
             else:
@@ -68,20 +78,28 @@ def receive_pieces(
     wire = parse(form)
     out = torch.empty(numel, dtype=dtype, device=received[0].device)
     targets = out.view(1 if divisor else world, -1)
-    for part, piece in zip(_elements(targets.shape[1], len(received), wire), received, strict=True):
+    for (start, stop), piece in zip(_elements(targets.shape[1], len(received), wire), received, strict=True):
         payloads = torch.ops._c10d_functional.wait_tensor(piece).view(world, -1)
         if divisor:
-            decode_reduce_into(payloads, out[part.start : part.stop], wire, divisor)
+            decode_reduce_into(payloads, out[start:stop], wire, divisor)
             continue
         for payload, target in zip(payloads, targets, strict=True):
-            decode_into(payload, target[part.start : part.stop], wire)
+            decode_into(payload, target[start:stop], wire)
     return out
 
 
-def _elements(numel: int, pieces: int, wire: WireFormat) -> Iterator[range]:
-    """The element ranges of the pieces of a part, each but the last a whole number of rows."""
-    step = wire.row * -(-numel // (pieces * wire.row))
-    return (range(start, min(start + step, numel)) for start in range(0, numel, step))
+def _elements(numel: Any, pieces: int, wire: WireFormat) -> list[tuple[Any, Any]]:
+    """Where the pieces of a part start and stop, each but the last a whole number of rows; sizes may be symbolic.
+
+    ``pieces`` is what `pieces_of` gives for as many rows: then as many rows a piece follow from it.
+    """
+    starts = [number * _step(numel, pieces, wire) for number in range(pieces)]
+    return list(zip(starts, [*starts[1:], numel], strict=True))
+
+
+def _step(numel: Any, pieces: int, wire: WireFormat) -> Any:
+    """The elements of each piece but the last."""
+    return wire.row * -(-numel // (pieces * wire.row))
 
 
 @torch.library.register_fake("qpass::send_pieces", lib=_library)
@@ -89,8 +107,8 @@ def _send_meta(
     x: Tensor, form: str, parts: int, pieces: int, world: int, group: str, state: str = ""
 ) -> list[Tensor]:  # fmt: skip
     wire = parse(form)
-    sizes = (wire.payload_bytes(len(part)) for part in _elements(x.numel() // parts, pieces, wire))
-    return [x.new_empty(world * size, dtype=torch.uint8) for size in sizes]
+    cuts = _elements(x.numel() // parts, pieces, wire)
+    return [x.new_empty(world * wire.payload_bytes(stop - start), dtype=torch.uint8) for start, stop in cuts]
 
 
 @torch.library.register_fake("qpass::receive_pieces", lib=_library)

@@ -120,6 +120,13 @@ def is_known(condition: bool | torch.SymBool) -> bool:
     return statically_known_true(condition)
 
 
+def holds(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds, as it would for numbers: that guards the graph. `is_known` if from data."""
+    if isinstance(condition, torch.SymBool) and free_unbacked_symbols(condition):
+        return is_known(condition)
+    return bool(condition)
+
+
 def _folded(operation: Callable[..., Any], neutral: int, given: Iterable[int | Size]) -> int | Size:
     """Symbolic sizes first, so that what is known is one number."""
     known, unknown = neutral, []

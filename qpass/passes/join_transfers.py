@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from qpass.comm.pieces import SEND
 from qpass.comm.schedule import CHUNK
 from qpass.graph.edit import Editor
 from qpass.graph.record import record_of, records_of, set_records
-from qpass.graph.sizes import is_symbolic
+from qpass.graph.sizes import argument, arguments, is_data_dependent, product, sizes
 from qpass.passes.frame import Pass
-from qpass.rewrite.coded import ENCODERS
+from qpass.rewrite.coded import ENCODE_FED, ENCODERS
 from qpass.rewrite.collective import KINDS, WAIT, Collective, as_collective
 from qpass.rewrite.match import normalized
+from qpass.rewrite.transfer import result_shape
 
 aten = torch.ops.aten
 
@@ -38,7 +40,8 @@ class JoinTransfers(Pass):
     the first of them did, behind all that the others are computed from, and is waited for where the first result was.
     That result may come later than alone; it is small, and so are all it waits for. No bucket reaches over an operator
     that writes in place, draws random numbers or checks something, so that nothing moves past one. What is no payload,
-    or may be of another size on another rank, is left alone.
+    or may be of another size on another rank, is left alone. A symbolic size is asked what a number would be and so
+    guards the graph; `ResolveSizes` runs first.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -77,12 +80,12 @@ def _is_joinable(collective: Collective) -> bool:
         return False
     if collective.kind == "all_to_all" and (record is None or record.op == "all_to_all"):
         return False  # ranks may send unequal parts where this one's are equal
-    return not is_symbolic(collective.numel) and 0 < _size(collective) < LARGEST
+    return not is_data_dependent(collective.numel) and bool(0 < _size(collective) < LARGEST)
 
 
-def _size(collective: Collective) -> int:
+def _size(collective: Collective) -> int | torch.SymInt:
     """Bytes for each rank."""
-    return int(collective.numel) // _parts(collective)
+    return collective.numel // _parts(collective)
 
 
 def _parts(collective: Collective) -> int:
@@ -96,7 +99,7 @@ def _settings(node: fx.Node) -> dict[str, Any]:
 
 def _has_effect(node: fx.Node) -> bool:
     """Whether other nodes must stay where they are, before or behind this one."""
-    if node.op in ("placeholder", "get_attr", "output"):
+    if node.op in ("placeholder", "get_attr", "output") or node.target is ENCODE_FED:  # which has a residual of its own
         return False
     if node.target is WAIT:  # what reads the same without it must stay behind it
         return any(len(source.users) > 1 for source in node.all_input_nodes)
@@ -111,8 +114,10 @@ def _join(bucket: list[Collective], edit: Editor) -> None:
     parts, world = _parts(members[0]), members[0].world
     here: Any = {"like": first, "before": first}
     payload = edit.call(JOIN, [member.x for member in members], parts, **here)
-    each = sum(map(_size, members))
-    settings = {name: [each] * parts if name in SPLITS else value for name, value in _settings(first).items()}
+    lengths = [product(sizes(edit, member.x, **here)) // parts for member in members]
+    ends = list(accumulate(lengths, initial=0))
+    splits = [argument(ends[-1])] * parts
+    settings = {name: splits if name in SPLITS else value for name, value in _settings(first).items()}
     issue = edit.call(first.target, payload, *settings.values(), **here)  # type: ignore[arg-type]  # an operator
     others = len(members) - 1
     told = f", joined with {others} other{'s' if others > 1 else ''}"
@@ -121,13 +126,13 @@ def _join(bucket: list[Collective], edit: Editor) -> None:
     waits = [wait for member in members if (wait := member.wait) is not None]
     there: Any = {"like": min(waits), "before": min(waits)}
     received, ranks = edit.call(WAIT, issue, **there), 1 if members[0].kind == "broadcast" else world
-    start = 0
-    for member, wait in zip(members, waits, strict=True):
+    for member, wait, (start, stop) in zip(members, waits, pairwise(ends), strict=True):
         place: Any = {"like": wait, "before": wait}
-        part = edit.call(CUT, received, ranks, start, start + _size(member), **place)
-        shape = list(wait.meta["val"].shape)
-        wait.replace_all_uses_with(edit.call(aten.view.default, part, shape, **place) if len(shape) != 1 else part)
-        start += _size(member)
+        part = edit.call(CUT, received, ranks, argument(start), argument(stop), **place)
+        if wait.meta["val"].dim() != 1:
+            shape = arguments(result_shape(edit, member, **place))
+            part = edit.call(aten.view.default, part, shape, **place)
+        wait.replace_all_uses_with(part)
         edit.graph.erase_node(wait)
         edit.graph.erase_node(member.node)
 

@@ -73,6 +73,34 @@ def changing_sizes(rank: int, world: int) -> None:
     assert len(watch.after) == 2  # the graphs of the first size served all
 
 
+def static_beside_symbolic(rank: int, world: int) -> None:
+    """One rank's graph is for any size and the other's for each: they send the same, in pieces and joined."""
+
+    def function(x: Tensor) -> list[Tensor]:
+        group = dist.group.WORLD
+        found = [funcol.all_reduce(x * 2, "sum", group)]
+        found += [funcol.all_gather_tensor(x[:, :columns] * 3, 0, group) for columns in (1, 2)]
+        return [each + 1 for each in found]
+
+    with Watch() as watch:
+        compiled = torch.compile(function, backend="qpass", options=ALL, dynamic=rank == 0)
+        for rows in (8300, 8410):  # of 64, which are 2 pieces
+            x = value(rank, rows, 64)
+            found = compiled(x)
+            total = x * 2
+            comm.all_reduce(total, codec=INT8)
+            expected = [total]
+            for part in (x[:, :1] * 3, x[:, :2] * 3):
+                expected.append(part.new_empty(world * len(part), part.shape[1]))
+                comm.all_gather(expected[-1], part, codec=INT8)
+            for result, reference in zip(found, expected, strict=True):
+                assert torch.equal(result, reference + 1)
+            assert len({bytes(other.numpy()) for other in everywhere(found[0])}) == 1
+    assert len(watch.after) == (2 if rank else 1)
+    told = {record.kernel.partition(", ")[2] for record in watch.decisions}
+    assert told == {"summed, in 2 pieces", "joined with 1 other"}
+
+
 def mixture_of_experts(rank: int, world: int) -> None:
     """Tokens go to their experts and back: how many to each is in the data, and differs by rank and by step."""
 

@@ -10,7 +10,9 @@ import pytest
 import ranks
 
 PROGRAMS = {
-    "compiled_forms.py": ("mixture_of_experts", "lists_of_tensors", "outputs", "quantized_values"),
+    "compiled_forms.py": (
+        "mixture_of_experts", "lists_of_tensors", "outputs", "quantized_values", "static_beside_symbolic"
+    ),
     "compiled_sharding.py": ("simple_fsdp", "cast_to_float8", "joined"),
 }
 CASES = [(file, program) for file, programs in PROGRAMS.items() for program in programs]

@@ -17,9 +17,12 @@ from qpass.comm.cost import FORMS
 from qpass.comm.joined import CUT, JOIN
 from qpass.compress import collectives, compress
 from qpass.inspect.snapshot import snapshot
+from qpass.ops.feedback import Feedback
 from qpass.passes import join_transfers
 from qpass.passes.join_transfers import JoinTransfers
 from qpass.passes.lower_collectives import LowerCollectives
+from qpass.passes.resolve_sizes import ResolveSizes
+from qpass.rewrite.coded import ENCODE_FED, ENCODERS
 from qpass.rewrite.collective import KINDS, WAIT
 
 aten = torch.ops.aten
@@ -237,10 +240,41 @@ def test_what_is_left_alone(why: str) -> None:
     assert text(gm) == before
 
 
-def test_symbolic_sizes_and_large_payloads_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert JoinTransfers().run(compressed(gathered, dynamic=True)) == 0
+def test_large_payloads_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(join_transfers, "LARGEST", 260 + 520 - 1)
     assert JoinTransfers().run(compressed(gathered)) == 0
+
+
+def test_symbolic_sizes_become_nodes() -> None:
+    gm = compressed(scattered, dynamic=True)
+    ResolveSizes().run(gm)
+    assert JoinTransfers().run(gm) == 1
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    lines = text(gm)
+    start = lines.index("join_payloads = join_payloads([encode, encode_1], 2)")
+    assert lines[start + 1 : start + 10] == [
+        "sym_size_6 = sym_size.int(encode, 0)",
+        "floordiv_9 = floordiv(sym_size_6, 2)",
+        "sym_size_7 = sym_size.int(encode_1, 0)",
+        "floordiv_10 = floordiv(sym_size_7, 2)",
+        "add_6 = add(floordiv_9, floordiv_10)",
+        "all_to_all_single = all_to_all_single(join_payloads, [add_6, add_6], [add_6, add_6], 0)",
+        "wait_tensor = wait_tensor(all_to_all_single)",
+        "cut_payloads = cut_payloads(wait_tensor, 2, 0, floordiv_9)",
+        "floordiv_11 = floordiv(sym_size_2, 2)",
+    ]
+    assert any(line.startswith("cut_payloads_1 = cut_payloads(wait_tensor, 2, floordiv_9, add_6)") for line in lines)
+    ResolveSizes().run(gm)
+    assert JoinTransfers().run(gm) == 0
+
+
+def test_sums_with_error_feedback_are_joined() -> None:
+    policy = Policy("int8", min_bytes=0, feedback=Feedback())
+    gm = compress(traced(lambda x, y: (send.all_reduce(x), send.all_reduce(y)), X, Y), policy, backward=True)
+    assert [node.target for node in gm.graph.nodes if node.target in ENCODERS] == [ENCODE_FED] * 2
+    assert JoinTransfers().run(gm) == 1
+    assert sent(gm) == ["all_gather"]
 
 
 def test_only_a_compiled_graph_is_joined_and_only_where_policy_and_inductor_leave_it_to_us() -> None:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx
 
 import lockstep as send
-from lockstep import text, traced, value
-from qpass.comm import Policy, pieces
+from lockstep import lockstep, text, traced, value
+from qpass.comm import Policy, pieces, schedule
 from qpass.comm.cost import FORMS
 from qpass.compress import collectives, compress
 from qpass.inspect.snapshot import snapshot
+from qpass.passes.resolve_sizes import ResolveSizes
 from qpass.passes.split_transfers import SplitTransfers
 from qpass.rewrite.collective import WAIT
 
@@ -81,6 +82,40 @@ def test_what_is_not_summed_or_gathered_is_left_whole(function: Callable[[Tensor
 def test_one_piece_is_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "CHUNK", 386)  # 770 elements are not two
     assert SplitTransfers().run(compressed(send.all_reduce)) == 0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("numel", "count"), [(1024, 2), (1020, 0), (1021, 0), (896, 0)])
+def test_of_a_sum_in_two_transfers_parts_must_start_on_rows(
+    numel: int, count: int, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the last are 8 rows, 2 for each of 4 ranks: but one that is not full is no row of the rank behind it."""
+    monkeypatch.setattr(schedule, "ONE_SHOT_BYTES", 0)
+    inputs = [(value(rank, numel),) for rank in range(4)]
+    gm = compress(traced(send.all_reduce, *inputs[0], world=4, dynamic=dynamic), Policy("int8", tuple(FORMS), 0))
+    before = lockstep(gm, inputs)
+    ResolveSizes().run(gm)
+    assert SplitTransfers().run(gm) == count
+    gm.graph.lint()
+    assert all(torch.equal(a, b) for a, b in zip(lockstep(gm, inputs), before, strict=True))
+
+
+def test_symbolic_sizes_become_nodes() -> None:
+    gm = compress(traced(send.all_reduce, value(0, 10, 77), dynamic=True), Policy("int8", tuple(FORMS), 0))
+    ResolveSizes().run(gm)
+    assert SplitTransfers().run(gm) == 1
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    assert text(gm) == [
+        "sym_size = sym_size.int(x, 0)",
+        "sym_size_1 = sym_size.int(x, 1)",
+        "send_pieces = send_pieces(x, int8:128:bf16, 1, 4, 2, 0)",
+        "mul = mul(sym_size, sym_size_1)",
+        "receive_pieces = receive_pieces(send_pieces, mul, float32, int8:128:bf16, 2, 1)",
+        "view = view(receive_pieces, [sym_size, sym_size_1])",
+        "return view",
+    ]
+    assert SplitTransfers().run(gm) == 0
 
 
 def test_a_payload_with_two_readers_is_left_whole() -> None:
