@@ -45,6 +45,8 @@ class Policy:
         kinds: the collectives that are compressed.
         min_bytes: size of the whole tensor (of an all_gather's output, else of its input) from which on it is. What an
             all_to_all sends may differ by rank, so its size decides nothing: it is compressed wherever it is named.
+            Small payloads travel together (``join``), plain tensors do not: where a program sends many small ones, a
+            smaller ``min_bytes`` pays.
         link: constants of the groups, from `calibrate_link`, equal on all ranks; then the cost model decides, too.
             A size that is not known when a graph is compiled, or differs by rank, is taken for a large one.
         overrides: exceptions, the first that matches wins, whatever `kinds` says; add them with `override` and
