@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qpass.errors import ConfigError, near
-from qpass.numerics import FLOAT8_RANGES, RANGES, dtype_name
+from qpass.numerics import EPS, FLOAT8_RANGES, RANGES, dtype_name
 
 if TYPE_CHECKING:
     from qpass.observer import ObserverBase
@@ -110,6 +110,11 @@ class QuantizationSpec:
             return torch.per_channel_symmetric if self.symmetric else torch.per_channel_affine
         return torch.per_tensor_symmetric if self.symmetric else torch.per_tensor_affine
 
+    @property
+    def smallest_scale(self) -> float:
+        """`eps`, or its default: no observer of this spec chooses a smaller scale."""
+        return EPS if self.eps is None else self.eps
+
     def make_observer(self) -> ObserverBase:
         """A fresh observer for one tensor, with ``observer.spec is self``.
 
@@ -123,7 +128,7 @@ class QuantizationSpec:
 
         keywords: dict[str, Any] = {"dtype": self.dtype, "qscheme": self.qscheme}
         keywords |= {"quant_min": self.quant_min, "quant_max": self.quant_max}
-        keywords["eps"] = torch.finfo(torch.float32).eps if self.eps is None else self.eps
+        keywords["eps"] = self.smallest_scale
         constructor: Callable[..., ObserverBase]
         if isinstance(self.granularity, PerChannel):
             constructor = observers.PerChannelMinMaxObserver

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from qpass.errors import CalibrationError
-from qpass.numerics import EPS
 from qpass.spec import QuantizationSpec
 
 OBSERVED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -60,7 +59,7 @@ class ObserverBase(nn.Module):
 
     @property
     def eps(self) -> float:
-        return EPS if self.spec.eps is None else self.spec.eps
+        return self.spec.smallest_scale
 
     @property
     def is_dynamic(self) -> bool:

@@ -74,10 +74,10 @@ class InsertCodecs(Pass):
         return done
 
     def _visit(self, node: fx.Node, edit: Editor) -> int:
-        known, kinds, kind = record_of(node), self.policy.kinds, FORMS[operator_of(node)]
+        known, kinds, target = record_of(node), self.policy.kinds, operator_of(node)
         if (known is not None and known.outcome == "quantized") or stands_for_several(node):
             return 0
-        if operator_of(node) in (*IN_PLACE, *WRITING):
+        if target in (*IN_PLACE, *WRITING):
             read_after_wait(node)
         try:
             found = as_coalesced(node) if node.target in COALESCED else _one(node, edit)
@@ -89,10 +89,10 @@ class InsertCodecs(Pass):
             kinds = policy.kinds
             _check(found)
         except Refusal as refusal:
-            return _leave(node, refusal.reason, asked=kind in kinds and not isinstance(refusal, NotAsked))
+            return _leave(node, refusal.reason, asked=FORMS[target] in kinds and not isinstance(refusal, NotAsked))
         if isinstance(found, Coalesced):
             found = _one(as_bucket(edit, found, policy.codec), edit)
-        elif operator_of(node) in IN_PLACE:
+        elif target in IN_PLACE:
             found = as_functional(edit, found)
         _round(found, policy.codec, edit, self._state(found))
         record = describe(found.node, "quantized").but(op=found.kind, kernel=str(policy.codec), asked=True)

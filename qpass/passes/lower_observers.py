@@ -16,7 +16,7 @@ from qpass.graph.edit import Editor, free_name
 from qpass.graph.fake import fake_call
 from qpass.graph.record import graph_record
 from qpass.graph.source import where
-from qpass.numerics import EPS, quantize_weight
+from qpass.numerics import quantize_weight
 from qpass.ops import graph_ops as ops
 from qpass.ops.decompositions import table
 from qpass.passes.assign_compute_dtype import COMPUTE_DTYPE
@@ -78,7 +78,7 @@ class LowerObservers(Pass):
         scale, zero_point = observer.calculate_qparams()
         spec: QuantizationSpec = observer.spec
         largest = max(abs(float(getattr(observer, end, 0.0))) for end in ("min_val", "max_val"))
-        if float(scale) <= smallest_scale(spec) and largest > 0:
+        if float(scale) <= spec.smallest_scale and largest > 0:
             record = graph_record(edit.gm)
             record.notes = [
                 *record.notes,
@@ -100,7 +100,7 @@ class LowerObservers(Pass):
             choose, arguments = op.default, (x, spec.dtype)
         else:
             op = ops.choose_qparams_symmetric if spec.symmetric else ops.choose_qparams
-            choose, arguments = op.tensor, (x, *spec.range, smallest_scale(spec), spec.dtype)
+            choose, arguments = op.tensor, (x, *spec.range, spec.smallest_scale, spec.dtype)
         # torch's own shape function is wrong about these dtypes, so the fake values come from the decomposition
         val = fake_call(x, *arguments[1:], call=table()[choose])
         chosen = edit.call(choose, *arguments, val=val, **place)
@@ -142,11 +142,6 @@ class LowerObservers(Pass):
 
 def _needs_no_data(observer: Any) -> bool:
     return bool(observer.spec.dynamic or observer.has_data)
-
-
-def smallest_scale(spec: QuantizationSpec) -> float:
-    """The scale below which no observer of ``spec`` goes."""
-    return EPS if spec.eps is None else spec.eps
 
 
 def float_val(x: Any) -> Any:

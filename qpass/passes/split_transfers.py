@@ -11,7 +11,7 @@ from torch import fx
 from qpass.comm.pieces import RECEIVE, SEND, pieces_of
 from qpass.graph.edit import Editor, erase_dead
 from qpass.graph.record import record_of, set_record
-from qpass.graph.sizes import is_data_dependent
+from qpass.graph.sizes import holds, is_data_dependent
 from qpass.ops.wire_format import WireFormat, parse
 from qpass.passes.frame import Pass
 from qpass.rewrite.coded import DECODE, DECODE_REDUCE, ENCODE_FED, ENCODERS
@@ -78,7 +78,7 @@ def _split(collective: Collective, edit: Editor) -> int:
 
 def _starts_rows(numel: int | torch.SymInt, parts: int, wire: WireFormat) -> bool:
     """Whether each of equal parts of a tensor starts on a row of its payload. Guards a symbolic size."""
-    return parts == 1 or bool(numel % (parts * wire.row) == 0)
+    return parts == 1 or holds(numel % (parts * wire.row) == 0)
 
 
 def _encoder(collective: Collective) -> fx.Node | None:

@@ -137,7 +137,7 @@ def joined(rank: int, world: int) -> None:
         assert watch.before == [{"all_gather float32": 4}, {"reduce_scatter float32": 4}]
         assert watch.after == [{"all_gather uint8": count}, {"all_to_all uint8": count}]
         assert [record.kernel.endswith(", joined with 3 others") for record in watch.decisions] == [join] * 8
-        results.append([loss.detach(), *(parameter.grad.to_local() for parameter in model.parameters())])  # type: ignore[union-attr]
+        results.append([loss.detach(), *(parameter.grad.to_local() for parameter in model.parameters())])  # type: ignore[union-attr]  # it has run backward
         model.zero_grad()
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
