@@ -16,6 +16,7 @@ from qpass.capture_errors import refuse_model
 from qpass.capture_training import capture_training, in_modes_of
 from qpass.config import Config
 from qpass.errors import ConfigError, ConvertError, InputError
+from qpass.graph.ownership import borrowed, forget_origin, own_tensors, own_written, tensors_in
 from qpass.graph.verify import OBSERVER_PREFIX
 from qpass.lower import lower_graph
 from qpass.stages import convert_graph, prepare_graph
@@ -37,7 +38,8 @@ def prepare(
 
     Args:
         model: an ``nn.Module``, an ``ExportedProgram`` or a captured ``GraphModule``. It is not edited, and its weights
-            are shared, not copied; for training they are copied, so that the model keeps its own.
+            are shared, not copied; for training they are copied, so that the model keeps its own. Buffers that it
+            writes to, such as caches and counters, are copied: calibration leaves those of the model as they are.
         example_inputs: positional example inputs; without them the model is captured at the first batch it sees.
         kwargs: keyword example inputs.
         config: a :class:`Config`, a preset's name, or None for ``int8_static``.
@@ -68,7 +70,9 @@ def prepare(
 
     def build(model: Any, inputs: Any, kwargs: Any) -> fx.GraphModule:
         if not chosen.trains:
-            return prepare_graph(capture(model, inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes), chosen, target)
+            captured = capture(model, inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
+            own_written(prepared := prepare_graph(captured, chosen, target))
+            return prepared
         captured = capture_training(model, inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
         return in_modes_of(model, prepare_graph(captured, chosen, target))
 
@@ -112,6 +116,12 @@ def calibrate(prepared: torch.nn.Module, batches: Iterable[Any], *, progress: bo
 def convert(prepared: torch.nn.Module, *, strict: bool = False) -> fx.GraphModule:
     """The quantized model: ``quantized_decomposed`` q/dq pairs, weights stored as integers; runs anywhere.
 
+    The result is a frozen copy of the model as it is now. Codes are made once, what stays in float is copied, so its
+    memory is that of the integers and of what stays in float; nothing follows the float model or ``prepared`` later.
+    Buffers that the model writes to start from what they hold in the float model, not from what calibration left, and
+    every conversion has its own; after training they start from what training left. ``load_state_dict`` on the result
+    changes the result alone.
+
     ``prepared`` stays as it is and can be calibrated further and converted again.
 
     Raises:
@@ -125,11 +135,16 @@ def convert(prepared: torch.nn.Module, *, strict: bool = False) -> fx.GraphModul
             f"convert takes a prepared model, and this is a float {type(graph).__name__}",
             hint="call qpass.prepare on the model first, calibrate, then convert",
         )
-    return convert_graph(graph, strict=strict)
+    quantized = convert_graph(graph, strict=strict)
+    own_tensors(quantized, tensors_in(graph), borrowed(graph))
+    forget_origin(quantized)
+    return quantized
 
 
 def lower(quantized: fx.GraphModule, *, target: str = "", strict: bool = False) -> fx.GraphModule:
     """The lowered model: int8 kernels instead of q/dq islands; ``torch.compile(..., backend="qpass")`` does it too.
+
+    The result is a copy, as that of :func:`convert` is: weights are packed, and everything else is copied.
 
     Raises:
         LowerError: ``quantized`` does not come from :func:`convert`.
@@ -139,7 +154,9 @@ def lower(quantized: fx.GraphModule, *, target: str = "", strict: bool = False) 
         raise InputError(
             f"lower takes the result of convert, not {type(quantized).__name__}", hint="call qpass.convert first"
         )
-    return lower_graph(quantized, target, strict)
+    lowered = lower_graph(quantized, target, strict)
+    own_tensors(lowered, tensors_in(quantized))
+    return lowered
 
 
 def _refuse_misfit(prepared: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from qpass.graph.alias import arguments, written_inputs
 from qpass.graph.edit import free_name, set_constant
 from qpass.graph.misdescribed import correct_vals
 from qpass.graph.source import clean_path
@@ -48,14 +49,14 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoCapt
     constants *are* the user's tensors, not copies. A weight that the graph itself writes to (a running mean) stays a
     placeholder: it is state, not a constant.
     """
-    arguments = gm.graph.find_nodes(op="placeholder")
-    traced = _retrace(gm, _fake_inputs(arguments, example_inputs))
+    given = gm.graph.find_nodes(op="placeholder")
+    traced = _retrace(gm, _fake_inputs(given, example_inputs))
     traced.graph.eliminate_dead_code()
     correct_vals(traced)
     placeholders = traced.graph.find_nodes(op="placeholder")
     bindings: dict[str, int] = {}
     inputs = []
-    for index, (argument, node) in enumerate(zip(arguments, placeholders, strict=True)):
+    for index, (argument, node) in enumerate(zip(given, placeholders, strict=True)):
         value = example_inputs[index]
         if not _is_weight(value) or _is_written(node):
             inputs.append(index)
@@ -66,7 +67,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoCapt
             _to_constant(traced, node, name, value)
             bindings[name] = index
     traced.recompile()
-    sources = tuple(getattr(argument, "_dynamo_source", None) for argument in arguments)
+    sources = tuple(getattr(argument, "_dynamo_source", None) for argument in given)
     return DynamoCapture(traced, bindings, tuple(inputs), sources)
 
 
@@ -125,33 +126,15 @@ def _is_written(placeholder: fx.Node) -> bool:
     return False
 
 
-# Running statistics are written in training, which the schema does not say: (position of them, of the training flag).
-_STATISTICS = {
-    torch.ops.aten.batch_norm.default: ((3, 4), 5),
-    torch.ops.aten.instance_norm.default: ((3, 4), 5),
-}
-
-
 def _effects(user: fx.Node, node: fx.Node) -> tuple[bool, bool]:
     """Whether ``user`` writes to its operand ``node``, and whether its result may alias it."""
     if not isinstance(user.target, torch._ops.OpOverload):
         return False, user.op == "call_function" and not isinstance(user.target, torch._ops.HigherOrderOperator)
-    if user.target in _STATISTICS:
-        positions, flag = _STATISTICS[user.target]
-        return bool(user.args[flag]) and any(user.args[position] is node for position in positions), False
-    writes = aliases = False
-    for argument, value in _arguments(user):
+    aliases = False
+    for argument, value in arguments(user):
         held = value if isinstance(value, (list, tuple)) else (value,)
-        if argument.alias_info is not None and any(item is node for item in held):
-            aliases = True
-            writes |= argument.alias_info.is_write
-    return writes, aliases
-
-
-def _arguments(node: fx.Node) -> Iterator[tuple[torch.Argument, Any]]:
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    yield from zip(schema, node.args, strict=False)
-    yield from ((argument, node.kwargs[argument.name]) for argument in schema if argument.name in node.kwargs)
+        aliases |= argument.alias_info is not None and any(item is node for item in held)
+    return node in written_inputs(user), aliases
 
 
 def _module_path(argument: fx.Node) -> str:

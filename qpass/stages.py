@@ -8,8 +8,9 @@ from torch import fx
 from qpass.config import Config, resolve_compute_dtype, unmatched
 from qpass.errors import ConfigError, ConvertError, StrictError
 from qpass.fake_quantize import FakeQuantizeBase
-from qpass.graph.edit import copy_graph_module, get_constant, own_tensors, rebuild
+from qpass.graph.edit import copy_graph_module, get_constant, rebuild
 from qpass.graph.module import Draft
+from qpass.graph.ownership import own_tensors
 from qpass.graph.record import graph_record, record_of
 from qpass.graph.regions import regions
 from qpass.modes import FoldedWeight, FoldFactor
@@ -78,7 +79,7 @@ def fit_weights(gm: fx.GraphModule) -> None:
 
 @without_gc()
 def convert_graph(prepared: fx.GraphModule, strict: bool = False) -> fx.GraphModule:
-    """A quantized copy of a prepared graph; the prepared one stays usable.
+    """A quantized copy of a prepared graph, which stays usable; what stays in float is shared with it.
 
     Raises:
         ConvertError: the graph is not at the prepared stage.
@@ -103,8 +104,6 @@ def convert_graph(prepared: fx.GraphModule, strict: bool = False) -> fx.GraphMod
     Pipeline("quantized", passes).run(gm)
     gm = rebuild(gm)
     freeze(gm)
-    if graph_record(gm).config.trains:
-        own_tensors(gm)
     return gm
 
 

@@ -26,6 +26,13 @@ _RETURN_INPUT = frozenset(
 )  # fmt: skip
 
 
+# Running statistics are written in training, which the schema does not say: (names of them, that of the training flag).
+_STATISTICS: dict[Any, tuple[tuple[str, ...], str]] = {
+    torch.ops.aten.batch_norm.default: (("running_mean", "running_var"), "training"),
+    torch.ops.aten.instance_norm.default: (("running_mean", "running_var"), "use_input_stats"),
+}
+
+
 def aliased_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs whose memory a node's result may share; the result of a function without a schema may share any."""
     if node.op in ("placeholder", "get_attr"):
@@ -64,9 +71,13 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs that an operator call writes to."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return []
+    found: list[fx.Node] = []
+    if node.target in _STATISTICS:
+        names, flag = _STATISTICS[node.target]
+        given = {entry.name: value for entry, value in arguments(node)}
+        return [given[name] for name in names if given[flag] and isinstance(given[name], fx.Node)]
     if not node.target._schema.is_mutable:
         return []
-    found: list[fx.Node] = []
     for argument, value in arguments(node):
         if argument.alias_info is not None and argument.alias_info.is_write:
             fx.node.map_arg(value, found.append)

@@ -160,9 +160,7 @@ def copy_graph_module(gm: fx.GraphModule, kind: type[GraphModule] = GraphModule)
     return rebuild(gm, graph, kind)
 
 
-def rebuild(
-    gm: fx.GraphModule, graph: fx.Graph | None = None, kind: type[GraphModule] = GraphModule
-) -> fx.GraphModule:
+def rebuild(gm: fx.GraphModule, graph: fx.Graph | None = None, kind: type[GraphModule] = GraphModule) -> fx.GraphModule:
     """A module around ``graph`` (by default ``gm``'s own) that holds just what the graph reads, tensors shared.
 
     Its code is generated from the graph as it is now, that of its sub-graphs too.
@@ -182,21 +180,6 @@ def rebuild(
             owner, leaf = owner_of(result, node.target)
             owner._non_persistent_buffers_set.add(leaf)
     return result
-
-
-def own_tensors(gm: torch.nn.Module) -> None:
-    """Give ``gm`` parameters and buffers of its own, of the same values; what was shared inside it stays shared."""
-    own: dict[int, torch.Tensor] = {}
-    for module in gm.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in own:
-                    copied = tensor.detach().clone()
-                    is_parameter = isinstance(tensor, torch.nn.Parameter)
-                    own[id(tensor)] = torch.nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
-                tensors[name] = own[id(tensor)]  # type: ignore[assignment]
 
 
 def owner_of(gm: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
