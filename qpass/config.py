@@ -26,7 +26,9 @@ INHERIT: Final = _Inherit.INHERIT
 """As a spec of an override: take the config's own."""
 
 SpecOrInherit = QuantizationSpec | None | Literal[_Inherit.INHERIT]
-ComputeDtype = torch.dtype | Literal["auto"] | None
+ComputeDtype = torch.dtype | Literal["auto", "bfloat16", "float16", "float32"] | None
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Override:
             inside the module, too.
         module_type: a module class (its subclasses count), or its name, short (``"Linear"``) or full. It holds inside
             the module, too.
-        op: a glob on the operator's name, short (``"linear"``) or full (``"aten.linear.default"``).
+        op: a glob on a name of the operator: the catalogue's (``"linear"``, ``"conv"``, ``"matmul"``), the report's
+            (``"conv2d"``, ``"addmm"``) or ATen's, whole or in part (``"aten.conv2d.default"``, ``"aten.conv2d"``).
         activation, weight: the spec, or None to leave the tensor in float, or INHERIT for the config's own.
     """
 
@@ -57,9 +60,10 @@ class Override:
         _check_spec("Override activation", self.activation)
         _check_spec("Override weight", self.weight)
 
-    def matches(self, module_paths: Sequence[tuple[str, type | str]], op: str) -> bool:
-        """Whether this override holds for operator `op` inside the modules `module_paths` (outermost first)."""
-        if self.op is not None and not any(fnmatchcase(name, self.op) for name in _op_names(op)):
+    def matches(self, module_paths: Sequence[tuple[str, type | str]], *ops: str) -> bool:
+        """Whether this override holds for an operator with the names `ops` inside the modules `module_paths`
+        (outermost first)."""
+        if self.op is not None and not any(fnmatchcase(name, self.op) for op in ops for name in _op_names(op)):
             return False
         if self.module is None and self.module_type is None:
             return True
@@ -92,8 +96,8 @@ class Config:
     Args:
         activation: spec of the activations, None to leave them in float.
         weight: spec of the weights, None to leave them in float.
-        compute_dtype: dtype of what stays in float: None changes nothing, ``"auto"`` is bfloat16 where this CPU
-            computes it fast.
+        compute_dtype: dtype of what stays in float, or its name: None changes nothing, ``"auto"`` is bfloat16 where
+            this CPU computes it fast.
         overrides: exceptions, the first that matches wins; add them with `override` and `keep_float`.
         comm: what the collectives of a compiled graph send: a codec's name or a `qpass.comm.Policy`. It is read by
             `qpass.backend`; `prepare` sees no collective, and refuses it.
@@ -110,7 +114,7 @@ class Config:
             if getattr(self, name) is INHERIT:
                 raise ConfigError(f"Config {name} has nothing to inherit from: INHERIT belongs in an override.")
             _check_spec(f"Config {name}", getattr(self, name))
-        _check_compute_dtype(self.compute_dtype)
+        object.__setattr__(self, "compute_dtype", _checked_compute_dtype(self.compute_dtype))
         if isinstance(self.comm, Mapping):
             raise ConfigError("Config comm cannot be a dict.", hint="write qpass.comm.Policy(...) with its items")
         object.__setattr__(self, "overrides", tuple(self.overrides))
@@ -143,15 +147,15 @@ class Config:
         """A config that leaves one more part of the model in float. Arguments as for `Override`."""
         return self.override(module=module, module_type=module_type, op=op, activation=None, weight=None)
 
-    def resolve(self, module_paths: Sequence[tuple[str, type | str]], op: str) -> Resolved:
+    def resolve(self, module_paths: Sequence[tuple[str, type | str]], *ops: str) -> Resolved:
         """The specs for one operator.
 
         Args:
             module_paths: (path, class or full class name) of the modules around the operator, outermost first.
-            op: the operator's name, such as ``"aten.linear.default"``.
+            ops: the operator's names, such as ``"conv"`` and ``"aten.conv2d.default"``.
         """
         for index, override in enumerate(self.overrides):
-            if override.matches(module_paths, op):
+            if override.matches(module_paths, *ops):
                 activation = self.activation if override.activation is INHERIT else override.activation
                 weight = self.weight if override.weight is INHERIT else override.weight
                 return Resolved(activation, weight, index)
@@ -182,8 +186,10 @@ def unmatched(
     lines = []
     for index, override in unused:
         given = ((override.module, paths), (_short_name(override.module_type), types), (override.op, ops))
-        hints = next((hint for name, names in given if name is not None and (hint := near(name, names))), "")
-        lines.append(f"override {index} ({override}) matches nothing in this model{hints}")
+        unknown = [(name, names) for name, names in given if name is not None and not _is_known(name, names)]
+        hints = next((hint for name, names in unknown if (hint := near(name, names))), "")
+        what = "matches nothing in this model" if unknown or not index else "matches nothing that no earlier one does"
+        lines.append(f"override {index} ({override}) {what}{hints}")
     what = "; ".join(lines)
     return ConfigError(
         f"{what[0].upper()}{what[1:]}.",
@@ -196,9 +202,9 @@ def resolve_compute_dtype(config: Config) -> torch.dtype | None:
 
     Fast means that oneDNN takes bfloat16 and the CPU has AVX512-BF16 or AMX instructions for it.
     """
-    if config.compute_dtype != "auto":
-        return config.compute_dtype
-    return torch.bfloat16 if _bfloat16_is_fast() else None
+    if config.compute_dtype == "auto":
+        return torch.bfloat16 if _bfloat16_is_fast() else None
+    return _DTYPES.get(config.compute_dtype) if isinstance(config.compute_dtype, str) else config.compute_dtype
 
 
 def _bfloat16_is_fast() -> bool:
@@ -212,10 +218,14 @@ def _bfloat16_is_fast() -> bool:
 
 
 def _op_names(op: str) -> tuple[str, ...]:
-    """``"aten.linear.default"`` -> itself, ``"aten.linear"`` and ``"linear"``."""
+    """``"aten.linear.default"`` -> itself, ``"aten.linear"``, ``"linear.default"`` and ``"linear"``."""
     op = op.removeprefix("torch.ops.")
     parts = op.split(".")
-    return (op, ".".join(parts[:2]), parts[1]) if len(parts) > 2 else (op, parts[-1])
+    return (op, ".".join(parts[:2]), ".".join(parts[1:]), parts[1]) if len(parts) > 2 else (op, parts[-1])
+
+
+def _is_known(name: str, names: Iterable[str]) -> bool:
+    return any(fnmatchcase(known, name) for known in names)
 
 
 def _same_type(wanted: type | str, found: type | str) -> bool:
@@ -240,11 +250,13 @@ def _check_spec(what: str, spec: object) -> None:
         raise ConfigError(f"{what} must be a QuantizationSpec or None, not {spec!r}.")
 
 
-def _check_compute_dtype(compute_dtype: object) -> None:
-    allowed = (None, "auto", torch.bfloat16, torch.float16, torch.float32)
-    if compute_dtype not in allowed:
-        near_name = near(str(compute_dtype).removeprefix("torch."), ("auto", "bfloat16", "float16", "float32"))
+def _checked_compute_dtype(given: Any) -> torch.dtype | Literal["auto"] | None:
+    if given is None or given == "auto":
+        return given
+    name = str(given).removeprefix("torch.")
+    if name not in _DTYPES or not isinstance(given, str | torch.dtype):
         raise ConfigError(
-            f"Config compute_dtype cannot be {compute_dtype!r}{near_name}.",
-            hint="use 'auto', torch.bfloat16, torch.float16, torch.float32 or None",
+            f"Config compute_dtype cannot be {given!r}{near(name, ('auto', *_DTYPES))}.",
+            hint="use 'auto', 'bfloat16', 'float16', 'float32' (or torch.bfloat16 and so on) or None",
         )
+    return _DTYPES[name]

@@ -85,7 +85,7 @@ def test_override_inherits_what_it_does_not_say() -> None:
         (
             lambda: Config(compute_dtype="bfloat"),
             "Config compute_dtype cannot be 'bfloat' (did you mean 'bfloat16'?).\n"
-            "  to do: use 'auto', torch.bfloat16, torch.float16, torch.float32 or None",
+            "  to do: use 'auto', 'bfloat16', 'float16', 'float32' (or torch.bfloat16 and so on) or None",
         ),
         (lambda: Config(overrides=("fc1",)), "Config overrides must be Override objects, not 'fc1'."),
     ],
@@ -107,6 +107,18 @@ def test_overrides_that_match_nothing_are_named_with_their_neighbours() -> None:
         "  to do: correct the name, or remove the override; the first match wins, so an earlier one may hide it"
     )
     assert unmatched(config, {0, 1, 2}, [], []) is None
+
+
+def test_an_override_behind_another_is_not_told_its_own_name() -> None:
+    config = Config(A, W).keep_float(op="conv*").keep_float(op="conv2d")
+    error = unmatched(config, {0}, [], ["conv", "aten.conv2d.default"])
+    assert str(error).startswith("Override 1 (op='conv2d') matches nothing that no earlier one does.\n")
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_a_compute_dtype_may_be_given_by_name(name: str) -> None:
+    assert Config(compute_dtype=name) == Config(compute_dtype=getattr(torch, name))  # type: ignore[arg-type]
+    assert presets.int8_dynamic(compute_dtype=name).compute_dtype is getattr(torch, name)  # type: ignore[arg-type]
 
 
 def test_auto_compute_dtype_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -52,7 +53,7 @@ class Annotate(Pass):
                     count += self._visit(node, dependent, constants, taken)
         for node in gm.graph.nodes:
             if node.op == "call_function" and node not in taken and node not in constants:
-                self.seen.resolve(self.config, node, target_name(node))
+                self.seen.resolve(self.config, node)
                 if record_of(node) is None and computes_floats(node):
                     set_record(node, uncovered(node))
         graph_record(gm).target = self.target
@@ -84,6 +85,10 @@ class Annotate(Pass):
         specs = wanted_specs(m, resolved)
         if not specs:
             raise NotAsked(override_reason(resolved))
+        for _, fused in m.epilogues:
+            own = self.seen.resolve(self.config, fused.root)
+            if own.override_index != resolved.override_index and own.activation is None and own.weight is None:
+                raise NotAsked(override_reason(own))
         dtypes = {source.meta["val"].dtype for source in (m.root, *(m.captures[name] for name in specs))}
         others = sorted(map(dtype_name, dtypes - {torch.float32}))
         require(not others, f"it computes in {', '.join(others)}; float32 is quantized: model.float() makes it so")
@@ -111,18 +116,19 @@ class Seen:
     paths: dict[str, str] = field(default_factory=dict)
     ops: set[str] = field(default_factory=set)
 
-    def resolve(self, config: Config, node: fx.Node, op: str) -> Resolved:
-        """The specs for an island, noting the override that gave them."""
-        self.note(node, op)
-        resolved = config.resolve(module_stack(node), op)
+    def resolve(self, config: Config, node: fx.Node, island: str = "") -> Resolved:
+        """The specs for an operator, or for the island that it is the root of, noting the override that gave them."""
+        names = [name for name in (island, target_name(node), str(node.target)) if name]
+        self.note(node, names)
+        resolved = config.resolve(module_stack(node), *names)
         if resolved.override_index is not None:
             self.overrides.add(resolved.override_index)
         return resolved
 
-    def note(self, node: fx.Node, op: str) -> None:
+    def note(self, node: fx.Node, ops: Iterable[str]) -> None:
         """Remember the names that an override could have meant."""
         self.paths.update((path, kind if isinstance(kind, str) else kind.__name__) for path, kind in module_stack(node))
-        self.ops.update({op, target_name(node)} - {""})
+        self.ops.update(ops)
 
 
 def wanted_specs(m: IslandMatch, resolved: Resolved) -> dict[str, QuantizationSpec]:
