@@ -19,6 +19,8 @@ from qpass.errors import ConfigError, ConvertError, InputError
 from qpass.graph.ownership import borrowed, forget_origin, own_tensors, own_written, tensors_in
 from qpass.graph.verify import OBSERVER_PREFIX
 from qpass.lower import lower_graph
+from qpass.rewrite.qparam_state import keep_qparams, refuse_state
+from qpass.rewrite.spec_state import keep_specs
 from qpass.stages import convert_graph, prepare_graph
 
 
@@ -74,7 +76,9 @@ def prepare(
             own_written(prepared := prepare_graph(captured, chosen, target))
             return prepared
         captured = capture_training(model, inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
-        return in_modes_of(model, prepare_graph(captured, chosen, target))
+        trained = in_modes_of(model, prepare_graph(captured, chosen, target))
+        keep_specs(trained)
+        return trained
 
     no_inputs = example_inputs is None and kwargs is None
     if no_inputs and isinstance(model, torch.nn.Module) and not isinstance(model, fx.GraphModule):
@@ -119,8 +123,11 @@ def convert(prepared: torch.nn.Module, *, strict: bool = False) -> fx.GraphModul
     The result is a frozen copy of the model as it is now. Codes are made once, what stays in float is copied, so its
     memory is that of the integers and of what stays in float; nothing follows the float model or ``prepared`` later.
     Buffers that the model writes to start from what they hold in the float model, not from what calibration left, and
-    every conversion has its own; after training they start from what training left. ``load_state_dict`` on the result
-    changes the result alone.
+    every conversion has its own; after training they start from what training left.
+
+    ``state_dict()`` of the result holds its static scales and zero points as well (see `qpass.rewrite.qparam_state` for
+    the keys). ``load_state_dict`` writes them into the graph, and compiled forms notice; a state of another
+    configuration raises `StateError`, which names the keys.
 
     ``prepared`` stays as it is and can be calibrated further and converted again.
 
@@ -138,13 +145,15 @@ def convert(prepared: torch.nn.Module, *, strict: bool = False) -> fx.GraphModul
     quantized = convert_graph(graph, strict=strict)
     own_tensors(quantized, tensors_in(graph), borrowed(graph))
     forget_origin(quantized)
+    keep_qparams(quantized)
     return quantized
 
 
 def lower(quantized: fx.GraphModule, *, target: str = "", strict: bool = False) -> fx.GraphModule:
     """The lowered model: int8 kernels instead of q/dq islands; ``torch.compile(..., backend="qpass")`` does it too.
 
-    The result is a copy, as that of :func:`convert` is: weights are packed, and everything else is copied.
+    The result is a copy, as that of :func:`convert` is: weights are packed, and everything else is copied. It loads no
+    state dict: load that into ``quantized``, and lower again.
 
     Raises:
         LowerError: ``quantized`` does not come from :func:`convert`.
@@ -156,6 +165,7 @@ def lower(quantized: fx.GraphModule, *, target: str = "", strict: bool = False) 
         )
     lowered = lower_graph(quantized, target, strict)
     own_tensors(lowered, tensors_in(quantized))
+    refuse_state(lowered)
     return lowered
 
 

@@ -54,6 +54,10 @@ class LowerError(QpassError):
     """The quantized graph cannot be lowered to the target's kernels."""
 
 
+class StateError(QpassError, RuntimeError):
+    """A state dict does not fit the model that it is loaded into."""
+
+
 class VerifyError(QpassError):
     """A graph breaks the written rules of its stage: a defect of a pass, not of the caller."""
 

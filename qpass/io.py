@@ -18,6 +18,7 @@ from qpass.inspect.match import match
 from qpass.inspect.operations import PASSES
 from qpass.inspect.saved import CUSTOM, EXTRA, KEY, MADE_BY, as_kept, kept_record, open_program
 from qpass.inspect.snapshot import snapshot
+from qpass.rewrite.qparam_state import keep_qparams
 
 
 def save(model: fx.GraphModule | ExportedProgram, path: str | os.PathLike[str]) -> None:
@@ -70,6 +71,8 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
     gm = capture(program)
     if state:
         gm.meta[GRAPH_KEY] = GraphRecord(**state)
+        if graph_record(gm).stage == "quantized":
+            keep_qparams(gm)
     for node in gm.graph.nodes:
         record = kept_record(node)
         if record is not None:

@@ -104,6 +104,11 @@ class QuantizationSpec:
         return self.quant_min, self.quant_max
 
     @property
+    def written(self) -> str:
+        """``"int8 -127..127 per channel 0"``: what two specs must have in common for scales to mean the same."""
+        return written(self.dtype, self.range, self.granularity, self.dynamic, self.symmetric)
+
+    @property
     def qscheme(self) -> torch.qscheme:
         """torch's word for granularity and symmetry; groups count as channels, tokens as tensors."""
         if isinstance(self.granularity, PerChannel | PerGroup):
@@ -150,6 +155,21 @@ class QuantizationSpec:
             )
         observer.spec = self
         return observer
+
+
+def written(
+    dtype: torch.dtype, bounds: tuple[int, int], granularity: Granularity, dynamic: bool, symmetric: bool
+) -> str:
+    """``"uint8 0..255 per tensor"``; of a dynamic tensor also how its scale is chosen."""
+    where = "per tensor"
+    if isinstance(granularity, PerChannel):
+        where = f"per channel {granularity.axis}"
+    elif isinstance(granularity, PerGroup):
+        where = f"per group of {granularity.group_size}"
+    elif isinstance(granularity, PerToken):
+        where = "per token"
+    how = "" if not dynamic else ", dynamic and symmetric" if symmetric else ", dynamic"
+    return f"{dtype_name(dtype)} {bounds[0]}..{bounds[1]} {where}{how}"
 
 
 def _check_fields(spec: QuantizationSpec) -> None:
