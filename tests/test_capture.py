@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, export
 
 from qpass.capture import CAPTURE_KEY, FirstBatch, capture
-from qpass.errors import CaptureError
+from qpass.errors import CaptureError, InputError
 from qpass.graph.record import graph_record
 from qpass.graph.regions import regions
 from qpass.graph.verify import verify
@@ -178,7 +178,7 @@ def test_a_value_that_the_graph_holds_is_checked() -> None:
             return x * times
 
     gm = capture(Times(), (torch.randn(2, 4), 3))
-    with pytest.raises(RuntimeError, match="input 'times' was 3 when the model was captured"):
+    with pytest.raises(InputError, match="input 'times' is 5, and was 3 when the model was captured"):
         gm(torch.randn(2, 4), 5)
 
 

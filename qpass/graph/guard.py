@@ -16,6 +16,13 @@ from torch import fx
 
 aten = torch.ops.aten
 
+HOLDS = "the graph holds for that"
+
+_CHECKS = (
+    aten.sym_size.int, operator.eq, operator.ne, operator.ge, operator.le, aten._assert_scalar.default,
+    aten._assert_tensor_metadata.default,
+)  # fmt: skip
+
 
 def guard_inputs(gm: fx.GraphModule, ranges: Mapping[Any, Any], excluded: Collection[tuple[Any, int]] = ()) -> int:
     """Assert the dtypes, static sizes, bounds of dynamic sizes and Python values that ``gm`` was traced for.
@@ -48,6 +55,15 @@ def guard_inputs(gm: fx.GraphModule, ranges: Mapping[Any, Any], excluded: Collec
             equal = head.call(operator.eq, (node,), (val,), val=True)
             head.check(equal, f"input {node.name!r} was {val!r} when the model was captured, and the graph holds that")
     return head.count
+
+
+def behind_checks(graph: fx.Graph) -> fx.Node:
+    """The first node behind the inputs and the checks of them."""
+    inputs = graph.find_nodes(op="placeholder")
+    node = inputs[-1].next if inputs else next(iter(graph.nodes))
+    while node.op == "placeholder" or node.target in _CHECKS:
+        node = node.next
+    return node
 
 
 def static_size(size: Any) -> int | None:
@@ -88,7 +104,8 @@ class _Head:
         sizes = tuple(self.call(aten.sym_size.int, node, dim, val=size) for dim, size in static.items())
         expected = ", ".join(str(static.get(dim, "any")) for dim in range(val.dim()))
         equal = self.call(operator.eq, sizes, tuple(static.values()), val=True)
-        self.check(equal, f"input {node.name!r} must have the sizes [{expected}] that the model was captured for")
+        self.check(equal, f"input {node.name!r} must have the sizes [{expected}] that the model was captured for: "
+                   "dynamic_shapes of prepare allow others")
 
     def check_dtype(self, node: fx.Node, val: torch.Tensor) -> None:
         self.call(aten._assert_tensor_metadata.default, node, None, None, val.dtype, val=None)
@@ -106,5 +123,5 @@ class _Head:
         for compare, bound, words in wanted:
             holds = self.call(compare, size, bound, val=True)
             self.check(
-                holds, f"dimension {dim} of input {node.name!r} must be {words} {bound}: the graph holds for that"
+                holds, f"dimension {dim} of input {node.name!r} must be {words} {bound}: {HOLDS}"
             )

@@ -6,9 +6,11 @@ import linecache
 import weakref
 from typing import Any
 
+import torch
 from torch import fx
 
-from qpass.errors import InputError
+from qpass.errors import InputError, QpassError
+from qpass.graph.misfit import misfit
 
 
 class GraphModule(fx.GraphModule):
@@ -17,6 +19,18 @@ class GraphModule(fx.GraphModule):
     Some kilobytes each, several for each model that is prepared and converted: a process that quantizes models all
     day would grow by them for ever. It is not pickled: torch.fx would trace the graph again, without its ``meta``.
     """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``forward``; InputError where it fails on inputs that the graph does not hold for."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except QpassError:
+            raise
+        except Exception as error:
+            found = misfit(self, args, kwargs, error)
+            if found is None:
+                raise
+            raise found from error
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise InputError(
@@ -30,6 +44,9 @@ class GraphModule(fx.GraphModule):
         file = type(self).forward.__code__.co_filename
         weakref.finalize(self, _forget, file).atexit = False
         return code
+
+
+torch._dynamo.eval_frame.skip_code(GraphModule.__call__.__code__)  # Dynamo's frame is that of forward
 
 
 class Draft(GraphModule):

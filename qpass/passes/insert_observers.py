@@ -12,6 +12,7 @@ from qpass.fake_quantize import FakeQuantizeBase
 from qpass.graph.alias import written
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor, free_name
+from qpass.graph.guard import behind_checks
 from qpass.graph.verify import OBSERVER_PREFIX
 from qpass.passes.annotate import EDGES
 from qpass.passes.frame import Pass
@@ -56,8 +57,8 @@ class InsertObservers(Pass):
     def _insert(
         self, edit: Editor, name: str, source: fx.Node, user: fx.Node, constant: bool, following: fx.Node
     ) -> fx.Node:
-        while following.op == "placeholder":
-            following = following.next
+        if source.op == "placeholder":  # an input that the graph does not hold for must not be observed
+            following = behind_checks(source.graph)
         origin = user if constant or source.op == "placeholder" else source  # an input has no line of its own
         call = edit.module(name, source, like=origin, before=following)
         call.meta["val"] = source.meta.get("val")
