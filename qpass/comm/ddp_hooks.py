@@ -16,6 +16,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]  # export
 from qpass.comm import collectives
 from qpass.comm.codec import Codec, codec
 from qpass.comm.cost import Link, decide
+from qpass.comm.ledger import DECLINED_BY_LINK, SPARSE, WARM_UP, Declined, Entry, Ledger
 from qpass.comm.owned_rows import OwnedRows
 from qpass.comm.statistics import Statistics, sent_bytes
 from qpass.errors import ConfigError
@@ -116,7 +117,7 @@ class DDPHook:
     ) -> None:
         self.codec, self.error_feedback, self.warm_up, self.link = codec, error_feedback, warm_up, link
         self.measure_error = measure_error
-        self.statistics = Statistics()
+        self.statistics, self.ledger = Statistics(), Ledger()
         self._layouts: dict[int, _Layout] = {}
         self._numbers: dict[int, int] = {}  # id of a parameter -> its number
         self._residuals: dict[
@@ -132,17 +133,16 @@ class DDPHook:
         group = process_group if process_group is not None else dist.group.WORLD
         assert group is not None
         buffer, world, warm = bucket.buffer(), group.size(), self.statistics.steps < self.warm_up
-        layout = self._layout(bucket, group)
         self.statistics.steps += bucket.is_last()
         if world == 1:
             done: Future = torch.futures.Future()
             done.set_result(buffer)
             return done
-        plain = sent_bytes("all_reduce", buffer.numel(), world, buffer.element_size())
-        if warm or not self._pays(buffer, world):
-            self.statistics.add(plain, plain)
-            work = dist.all_reduce(buffer.div_(world), group=group, async_op=True)
-            return work.get_future().then(lambda future: future.value()[0])
+        why = SPARSE if buffer.is_sparse else WARM_UP if warm else self._declined(buffer, world)
+        layout = None if buffer.is_sparse else self._layout(bucket, group)  # numbers the parameters in every step
+        if layout is None or why is not None:
+            return self._sent_plain(bucket, group, why)
+        plain = _plain_bytes(buffer, world)
         values = self._packed(buffer, layout)
         if layout.owned is None:
             sent = self.codec.payload_bytes(values.numel())
@@ -152,7 +152,7 @@ class DDPHook:
         else:
             sent = world * self.codec.payload_bytes(layout.owned.residual.numel())
             work = layout.owned.average(values)
-        self.statistics.add(sent_bytes("all_reduce", sent, world, 1), plain)
+        self._count(bucket, sent_bytes("all_reduce", sent, world, 1), plain)
 
         def unpack(future: torch.futures.Future[Any]) -> Tensor:
             future.value()  # raises what went wrong
@@ -187,14 +187,34 @@ class DDPHook:
         self._owned = {number: residual.clone() for number, residual in state["owned"].items()}
         self._layouts.clear()
 
-    def _pays(self, buffer: Tensor, world: int) -> bool:
-        return self.link is None or bool(
-            decide("all_reduce", buffer.numel(), buffer.dtype, world, self.codec, self.link)
-        )
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """What this rank has sent for each bucket since the hook was made, and why not as codes."""
+        return self.ledger.entries
+
+    def _declined(self, buffer: Tensor, world: int) -> Declined | None:
+        pays = self.link is None or decide("all_reduce", buffer.numel(), buffer.dtype, world, self.codec, self.link)
+        return None if pays else DECLINED_BY_LINK
+
+    def _sent_plain(self, bucket: GradBucket, group: dist.ProcessGroup, why: Declined | None) -> Future:
+        """The average as torch's own hook takes it, sparse gradients too."""
+        buffer, world = bucket.buffer(), group.size()
+        plain = _plain_bytes(buffer, world)
+        self._count(bucket, plain, plain, why)
+        work = dist.all_reduce(buffer.div_(world), group=group, async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    def _count(self, bucket: GradBucket, sent: int, plain: int, why: Declined | None = None) -> None:
+        parameters = bucket.parameters()
+        numel = sum(parameter.numel() for parameter in parameters)
+        place = f"bucket {bucket.index()}: {numel} elements of {len(parameters)} parameters"
+        self.statistics.add(sent, plain)
+        self.ledger.add(place, "all_reduce", sent, plain, "" if why else str(self.codec), why)
 
     def _layout(self, bucket: GradBucket, group: dist.ProcessGroup) -> _Layout:
         parameters, row = bucket.parameters(), self.codec.row
-        sizes = [parameter.numel() for parameter in parameters]
+        # complex parameters lie in a bucket as pairs of real numbers
+        sizes = [parameter.numel() * (1 + parameter.is_complex()) for parameter in parameters]
         if not self.error_feedback:
             return _layout_of(tuple(sizes), row)
         found = self._layouts.get(bucket.index())
@@ -239,6 +259,13 @@ class DDPHook:
             parts = [part[:size] for part, size in zip(values.split(layout.padded), layout.sizes, strict=True)]
             torch._foreach_copy_(list(buffer.split(layout.sizes)), parts)
         return buffer
+
+
+def _plain_bytes(buffer: Tensor, world: int) -> int:
+    """What a plain all_reduce sends at best; of a sparse tensor, all gather everyone's indices and values."""
+    if buffer.is_sparse:
+        return (world - 1) * (buffer._indices().nbytes + buffer._values().nbytes)
+    return sent_bytes("all_reduce", buffer.numel(), world, buffer.element_size())
 
 
 @cache

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +23,7 @@ from qpass.graph.text import target_name
 from qpass.inspect.operations import Row, operations
 from qpass.inspect.report_html import html
 from qpass.inspect.report_text import render
+from qpass.inspect.sent import SENDERS, Sender, SentReport, sent_report
 from qpass.inspect.sqnr import sqnr
 from qpass.inspect.transfers import Transfer, transfers
 from qpass.rewrite.qdq import DEQUANTIZE, QUANTIZE
@@ -77,12 +78,25 @@ class Report:
         return {"text/plain": str(self), "text/html": html(self)}
 
 
-def report(gm: Any, inputs: Any = None, reference: Callable[..., Any] | None = None, strict: bool = False) -> Report:
+@overload
+def report(gm: Sender, *, strict: bool = False) -> SentReport: ...
+
+
+@overload
+def report(
+    gm: Any, inputs: Any = None, reference: Callable[..., Any] | None = None, strict: bool = False
+) -> Report: ...
+
+
+def report(
+    gm: Any, inputs: Any = None, reference: Callable[..., Any] | None = None, strict: bool = False
+) -> Report | SentReport:
     """What is quantized, lowered to which kernel, left in float or unfused, and why; sizes before and after.
 
     Args:
         gm: a prepared, quantized or lowered graph, a model prepared without inputs that has seen a batch, or a model
-            or function compiled with ``backend="qpass"`` that ran.
+            or function compiled with ``backend="qpass"`` that ran. Also a DDP hook of `qpass.comm`, or the value of
+            `compress_fsdp`: then a :class:`~qpass.inspect.sent.SentReport` says what was sent for each bucket or unit.
         inputs: with ``reference``, the batches to measure the SQNR on, as :func:`qpass.sqnr` takes them.
         reference: the model to compare with, usually the float one.
         strict: raise when the configuration asked for more than was done.
@@ -92,6 +106,8 @@ def report(gm: Any, inputs: Any = None, reference: Callable[..., Any] | None = N
         CaptureError: ``gm`` was prepared without inputs and has seen no batch yet.
         StrictError: ``strict`` and some operation is not what the configuration asked for.
     """
+    if isinstance(gm, SENDERS) and inputs is None and reference is None:
+        return sent_report(gm, strict)
     if (inputs is None) != (reference is None):
         given, lacking = ("inputs", "reference") if reference is None else ("reference", "inputs")
         raise InputError(f"report was given {given} but no {lacking}", hint="SQNR needs both, the rest needs neither")
