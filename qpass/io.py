@@ -87,20 +87,32 @@ def _exported(gm: fx.GraphModule) -> ExportedProgram:
     """``gm`` as a program; its symbolic sizes stay dynamic."""
     inputs = gm.graph.find_nodes(op="placeholder")
     values = [node.meta.get("val") for node in inputs]
-    if any(not isinstance(value, Tensor) for value in values):
-        named = ", ".join(
-            node.name for node, value in zip(inputs, values, strict=True) if not isinstance(value, Tensor)
-        )
-        raise InputError(
-            f"a graph with inputs that are no tensors cannot be saved: {named}", hint="make them constants"
-        )
-    example = tuple(torch.zeros([_number(s) for s in v.shape], dtype=v.dtype, device=v.device) for v in values)
-    dynamic = [{d: Dim.AUTO for d, size in enumerate(v.shape) if isinstance(size, torch.SymInt)} for v in values]
+    for node, value in zip(inputs, values, strict=True):
+        if "val" not in node.meta or not isinstance(value, Tensor | int | float | bool | str | None):
+            raise InputError(
+                f"a graph whose input {node.name!r} is a {type(value).__name__} cannot be saved",
+                hint="give the model tensors, numbers, strings or None there, or make the value an attribute of it",
+            )
+    example = tuple(_example(value) for value in values)
+    dynamic = [_dynamic(value) for value in values]
     args, kwargs = _nested(gm, list(example))
     shapes = _nested(gm, dynamic)
     named_shapes = None if not any(dynamic) else (tuple(shapes[0]) if not kwargs else _by_name(gm, shapes))
     with TRACING, torch.no_grad():
         return torch.export.export(gm, args, kwargs, dynamic_shapes=named_shapes, strict=False)
+
+
+def _example(value: Any) -> Any:
+    """An input of that form; a Python value is itself, since the graph holds for no other."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.zeros([_number(size) for size in value.shape], dtype=value.dtype, device=value.device)
+
+
+def _dynamic(value: Any) -> dict[int, Any] | None:
+    if not isinstance(value, Tensor):
+        return None
+    return {dim: Dim.AUTO for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
 
 
 def _nested(gm: fx.GraphModule, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

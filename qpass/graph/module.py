@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
 import weakref
 from typing import Any
@@ -38,6 +39,28 @@ class GraphModule(fx.GraphModule):
             hint="write a quantized one with qpass.save; of a prepared one keep the state_dict(), and load it into the "
             "result of the same call of qpass.prepare",
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
+        """A copy with tensors of its own, packed weights among them, which copy.deepcopy cannot look into."""
+        for tensor in [*self.parameters(), *self.buffers()]:
+            if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+                memo.setdefault(id(tensor), tensor.detach().clone())
+        result = super().__deepcopy__(memo)
+        assert isinstance(result, GraphModule)
+        type(result).__name__ = type(self).__name__
+        for name, module in self.named_modules():  # torch.fx makes every buffer a persistent one
+            result.get_submodule(name)._non_persistent_buffers_set |= module._non_persistent_buffers_set
+        return result
+
+    def __copy__(self) -> GraphModule:
+        """A copy that shares all tensors; its graph is its own."""
+        from qpass.graph.edit import copy_graph_module
+
+        result = copy_graph_module(self)
+        assert isinstance(result, GraphModule)
+        result._state_dict_hooks = self._state_dict_hooks.copy()
+        result._load_state_dict_pre_hooks = copy.deepcopy(self._load_state_dict_pre_hooks, {id(self): result})
+        return result
 
     def recompile(self) -> Any:
         code = super().recompile()
