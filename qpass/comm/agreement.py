@@ -8,16 +8,19 @@ way: a rank that waits for a header can never take a payload for it. Later calls
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
 
 import torch.distributed as dist
 
+from qpass.comm.dead_ranks import dead_ranks
 from qpass.comm.group import Group
 from qpass.errors import AgreementError, QpassError
 
 _SAME_CALLS = "make the same calls in the same order on all ranks; qpass.comm.debug(True) compares every call"
+_MISSING = "Not all ranks made the call"
 
 VERSION = 1
 """Of payloads and schedules: raised with any change that makes the bytes mean something else."""
@@ -125,13 +128,36 @@ def _exchange(group: Group, header: Header, sent: dict[str, Any]) -> list[dict[s
     number = _post(group, sent)
     keys = [f"{number}/{rank}" for rank in range(group.world)]
     try:
-        group.store.wait(keys, group.timeout)
+        _wait(group, header, number)
         headers = [json.loads(group.store.get(key)) for key in keys]
     except RuntimeError as error:  # what all of torch's store errors are
-        raise _error(header, group, f"Not all ranks made the call: {error}", _silent(group, number)) from error
+        raise _error(header, group, f"The group's store is gone: {error}", []) from error
     if number > 1:  # everyone has answered, so everyone has read what came before
         group.store.delete_key(f"{number - 1}/{group.rank}")
     return headers
+
+
+def _wait(group: Group, header: Header, number: int) -> None:
+    """Return once all ranks have posted.
+
+    It asks again and again: a client of the store serves one thread at a time, so one that waited in it would keep
+    other threads from posting what the other ranks wait for.
+    """
+    start = time.monotonic()
+    pause, asks = 1e-4, start + 0.25  # when to ask for dead ranks
+    ends = start + group.timeout.total_seconds()
+    while silent := [rank for rank in range(group.world) if not group.store.check([f"{number}/{rank}"])]:
+        now = time.monotonic()
+        if now >= asks:
+            asks = now + min(now - start, 2.0)
+            dead = dead_ranks(group.process_group, silent)
+            if dead and not all(group.store.check([f"{number}/{rank}"]) for rank in dead):
+                raise _error(header, group, _MISSING, [f"rank {rank} is gone: {why}" for rank, why in dead.items()])
+        if now >= ends:
+            details = [f"rank {rank} said nothing for {now - start:.0f} s" for rank in silent]
+            raise _error(header, group, _MISSING, details)
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.02)
 
 
 def _post(group: Group, header: dict[str, Any]) -> int:
@@ -141,15 +167,6 @@ def _post(group: Group, header: dict[str, Any]) -> int:
     except RuntimeError as error:
         raise AgreementError(f"The group's store is gone: {error}", where=f"group {group.name!r}") from error
     return group.agreements
-
-
-def _silent(group: Group, number: int) -> list[str]:
-    try:
-        return [
-            f"rank {rank} said nothing" for rank in range(group.world) if not group.store.check([f"{number}/{rank}"])
-        ]
-    except RuntimeError:
-        return ["the store does not answer: the process that holds it is gone"]
 
 
 def _error(header: Header, group: Group, what: str, details: list[str], hint: str = _SAME_CALLS) -> AgreementError:

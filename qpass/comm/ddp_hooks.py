@@ -151,7 +151,7 @@ class DDPHook:
             work = collectives.all_reduce(values, op, group, self.codec, async_op=True, schedule=shots)
         else:
             sent = world * self.codec.payload_bytes(layout.owned.residual.numel())
-            work = layout.owned.average(values)
+            work = layout.owned.average(values, group)
         self._count(bucket, sent_bytes("all_reduce", sent, world, 1), plain)
 
         def unpack(future: torch.futures.Future[Any]) -> Tensor:

@@ -4,6 +4,8 @@ Collectives of one group must be started in the same order on all ranks. Synchro
 on the caller's own group. Asynchronous ones run one after the other on a thread, and their later stages start whenever
 the earlier ones have arrived: they would mix with whatever else the caller starts meanwhile, so they have a twin of the
 group to themselves.
+
+Nothing here keeps a process group alive. Once the user's group is destroyed or collected, its twin and its thread go.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class Group:
     """A process group and what qpass knows about it. Made by `group_of`, never directly."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.process_group = group
+        self._process_group = weakref.ref(group)
         self.world: int = group.size()
         self.rank: int = group.rank()
         self.name: str = group.group_name
@@ -34,8 +36,22 @@ class Group:
         _born[self.name] += 1  # a name may be used again after the process group is destroyed
         prefix = f"qpass/{self.name}/{_born[self.name]}"
         self.store = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
-        self._twin: dist.ProcessGroup | None = None
-        self._line: ThreadPoolExecutor | None = None
+        self._own = _Own()
+        weakref.finalize(group, self._own.free)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The user's group, which whoever makes a call of it holds."""
+        group = self._process_group()
+        if group is None:
+            raise InputError(f"The process group {self.name!r} is gone.", hint="keep a group as long as it is used")
+        return group
+
+    def free_if_destroyed(self) -> None:
+        """Free what qpass made for a group that the user has destroyed and still holds."""
+        group = self._process_group()
+        if group is None or group not in dist.distributed_c10d._world.pg_map:
+            self._own.free()
 
     @property
     def timeout(self) -> timedelta:
@@ -53,28 +69,44 @@ class Group:
         ``dist.new_group`` would either wait for ranks that are not in the group, or name it by how many groups a rank
         has, which is not the same on all. This is what it does otherwise, with a name that is.
         """
-        if self._twin is None:
+        if self._own.twin is None:
             world, ranks = dist.distributed_c10d._world, dist.get_process_group_ranks(self.process_group)
             default = dist.group.WORLD
             assert default is not None  # there is a group, so there is a default one
             _, store = world.pg_map[default]
-            self._twin, _ = dist.distributed_c10d._new_process_group_helper(
+            self._own.twin, _ = dist.distributed_c10d._new_process_group_helper(
                 self.world,
                 self.rank,
                 ranks,
                 dist.Backend(dist.get_backend(self.process_group)),
-                store,
+                store.clone(),  # type: ignore[attr-defined]  # a client serves one thread at a time; this one waits
                 dist.distributed_c10d.GroupName(f"qpass-twin-{self.name}-{_born[self.name]}"),
                 timeout=self.timeout,
             )
-            world.pg_group_ranks[self._twin] = {rank: index for index, rank in enumerate(ranks)}
-        return self._twin
+            world.pg_group_ranks[self._own.twin] = {rank: index for index, rank in enumerate(ranks)}
+        return self._own.twin
 
     def line(self) -> ThreadPoolExecutor:
         """The thread that asynchronous calls of this group run on, one after the other."""
-        if self._line is None:
-            self._line = ThreadPoolExecutor(1, thread_name_prefix=f"qpass-{self.name}")
-        return self._line
+        if self._own.line is None:
+            self._own.line = ThreadPoolExecutor(1, thread_name_prefix=f"qpass-{self.name}")
+        return self._own.line
+
+
+class _Own:
+    """What qpass made for a group. It does not refer to the group, so it can be freed when the group is collected."""
+
+    def __init__(self) -> None:
+        self.twin: dist.ProcessGroup | None = None
+        self.line: ThreadPoolExecutor | None = None
+
+    def free(self) -> None:
+        """Let the thread end after the jobs that it has, and destroy the twin; a second call does nothing."""
+        twin, line, self.twin, self.line = self.twin, self.line, None, None
+        if line is not None:
+            line.shutdown(wait=False)
+        if twin is not None and twin in dist.distributed_c10d._world.pg_map:  # else it went with the default group
+            dist.destroy_process_group(twin)
 
 
 def process_group(name: str) -> dist.ProcessGroup | None:
@@ -98,5 +130,7 @@ def group_of(group: dist.ProcessGroup | None) -> Group:
         raise InputError("This rank is not a member of the group.", hint="call only on the group's own ranks")
     found = _groups.get(process_group)
     if found is None:
+        for known in list(_groups.values()):
+            known.free_if_destroyed()
         found = _groups[process_group] = Group(process_group)
     return found

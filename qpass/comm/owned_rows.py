@@ -36,7 +36,7 @@ class OwnedRows:
     def __init__(
         self, rows: list[int], numbers: list[int], group: dist.ProcessGroup, codec: Codec, device: torch.device
     ) -> None:
-        self.group, self.codec = group, codec
+        self.codec = codec
         world, rank, total = group.size(), group.rank(), sum(rows)
         owned: list[list[Tensor]] = [[] for _ in range(world)]
         self.parts: list[slice] = []
@@ -58,9 +58,9 @@ class OwnedRows:
         self.places = torch.argsort(self.order, stable=True)[:total]
         self.residual = torch.zeros(self.length, codec.row, device=device)
 
-    def average(self, values: Tensor) -> Work:
+    def average(self, values: Tensor, group: dist.ProcessGroup) -> Work:
         """Start to replace `values`, float32 ``[rows * row]``, by their average over the group; equal on all ranks."""
-        members = group_of(self.group)
+        members = group_of(group)
         agree(members, Header("all_reduce", str(self.codec), values.numel(), str(values.dtype), "avg", "owned", True))
         twin, seed = members.twin(), members.calls
 

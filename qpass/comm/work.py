@@ -22,7 +22,7 @@ class Work(dist.Work):
         self._future: torch.futures.Future[list[Tensor]] = torch.futures.Future(devices=devices)
         ready = torch.cuda.current_stream(result.device).record_event() if result.is_cuda else None
 
-        def run() -> None:
+        def run(_: dist.ProcessGroup) -> None:
             try:
                 with torch.no_grad():
                     if ready is not None:
@@ -34,7 +34,7 @@ class Work(dist.Work):
             else:
                 self._future.set_result([result])
 
-        group.line().submit(run)
+        group.line().submit(run, group.process_group)  # held until the job is done: nothing else may hold it
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the result is there; errors of the job are raised here. The group's own timeout holds."""

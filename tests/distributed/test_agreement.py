@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
+import os
+import threading
 import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,7 +24,7 @@ from qpass.errors import AgreementError, ConfigError, InputError
 CASES = [
     "wrong_numel", "wrong_dtype", "integers_here_floats_there", "wrong_codec", "wrong_op", "reordered_calls",
     "another_version", "another_source", "splits_that_do_not_fit", "a_refusal_reaches_all", "reordered_calls_in_debug",
-    "debug_alone_is_not_needed_twice",
+    "debug_alone_is_not_needed_twice", "threads_do_not_wait_for_each_other", "groups_are_freed",
 ]  # fmt: skip
 
 
@@ -158,3 +163,53 @@ def debug_alone_is_not_needed_twice(rank: int, world: int) -> None:
     assert group.agreements == before
     comm.all_reduce(torch.ones(501))
     assert group.agreements == before + 1
+
+
+def threads_do_not_wait_for_each_other(rank: int, world: int) -> None:
+    """Two threads, a group each; every rank is late in the other's, so each waits for what the other is to do."""
+    groups = [dist.new_group() for _ in range(2)]
+
+    def run(place: int, async_op: bool) -> float:
+        time.sleep(0.5 * (place == rank % 2))
+        x, start = torch.ones(600), time.perf_counter()
+        work = comm.all_reduce(x, group=groups[place], codec="fp32", async_op=async_op)
+        if async_op:
+            work.wait()
+        assert x[0] == world
+        return time.perf_counter() - start
+
+    for async_op in (False, True):
+        with ThreadPoolExecutor(2) as threads:
+            took = list(threads.map(run, range(2), [async_op] * 2))
+        assert max(took) < 10, f"{took}: one waits for the timeout of the other (20 s)"
+    for group in groups:
+        dist.destroy_process_group(group)
+
+
+def groups_are_freed(rank: int, world: int) -> None:
+    """Threads, files and groups are as many as before, whether the user drops the group or destroys and keeps it."""
+
+    def made() -> tuple[int, int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), len(dist.distributed_c10d._world.pg_map)
+
+    def use(group: dist.ProcessGroup) -> None:
+        x = torch.ones(700)
+        comm.all_reduce(x, group=group)
+        comm.all_reduce(x, group=group, async_op=True).wait()
+        dist.destroy_process_group(group)
+
+    use(dist.new_group())
+    time.sleep(0.5)  # threads of earlier groups end
+    before = made()
+    kept = [dist.new_group() for _ in range(3)]
+    gone, names = weakref.WeakSet(kept), [group.group_name for group in kept]
+    for group in kept:
+        use(group)
+    use(dist.new_group())  # whatever is asked next frees what was made for destroyed groups
+    twins = {f"qpass-twin-{name}-1" for name in names} & set(dist.distributed_c10d._world.pg_names.values())
+    del kept, group
+    deadline = time.monotonic() + 5
+    while made() != before and time.monotonic() < deadline:  # threads end soon after their last job
+        time.sleep(0.05)
+    assert (made(), len(gone), twins) == (before, 0, set())
