@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qpass import presets
-from qpass.capture_dynamo import from_dynamo
+from qpass.capture_dynamo import from_dynamo, real_arguments
 from qpass.comm.codec import Codec
 from qpass.comm.policy import Policy, policy
 from qpass.communication import Communication, parameters_of
@@ -82,12 +82,12 @@ class Backend:
             call = communication.compiled(
                 lambda inner: compile_plain(gm, example_inputs, [communication.step], patches, inner)
             )
-            remember(None, parameters_of(example_inputs), communication)
+            remember(None, parameters_of(real_arguments(example_inputs)), communication)
             return call
         captured = from_dynamo(gm, example_inputs)
         normalize(captured.graph_module)
         lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
-        weights = [example_inputs[index] for index in captured.bindings.values()]
+        weights = [captured.arguments[index] for index in captured.bindings.values()]
         settings: dict[str, Any] = {
             "capture": captured, "decompositions": table(), "config_patches": {**EXACT, **dict(self.inductor)},
         }  # fmt: skip

@@ -20,8 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qpass.graph.alias import arguments, written_inputs
-from qpass.graph.edit import free_name, set_constant
+from qpass.graph.edit import free_name, get_constant, set_constant
 from qpass.graph.misdescribed import correct_vals
+from qpass.graph.origins import origins
+from qpass.graph.regions import regions
 from qpass.graph.source import clean_path
 
 
@@ -29,15 +31,19 @@ from qpass.graph.source import clean_path
 class DynamoCapture:
     """What :func:`from_dynamo` returns.
 
-    ``graph_module`` is the captured graph. ``bindings`` maps the name of each constant that is a tensor of the user's
-    model to the position of its argument in Dynamo's call. ``inputs`` holds the positions that feed the placeholders,
-    in placeholder order. ``sources`` is Dynamo's name for each argument.
+    ``graph_module`` is the captured graph; its :func:`~qpass.graph.origins.origins` say what its constants stand for.
+    ``bindings`` maps the name of each constant that is a tensor of the user's model to the position of its argument in
+    Dynamo's call. ``inputs`` holds the positions that feed the placeholders, in placeholder order. ``arguments`` are
+    those of this first call, and ``sources`` Dynamo's names for them. ``gathered`` holds the positions of weights that
+    FSDP gathers anew, in the same memory and with the same version: nothing about them tells that their values changed.
     """
 
     graph_module: fx.GraphModule
     bindings: dict[str, int]
     inputs: tuple[int, ...]
+    arguments: tuple[Any, ...]
     sources: tuple[Any, ...]
+    gathered: frozenset[int]
 
 
 def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoCapture:
@@ -49,10 +55,15 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoCapt
     constants *are* the user's tensors, not copies. A weight that the graph itself writes to (a running mean) stays a
     placeholder: it is state, not a constant.
     """
+    example_inputs = real_arguments(example_inputs)
     given = gm.graph.find_nodes(op="placeholder")
     traced = _retrace(gm, _fake_inputs(given, example_inputs))
     traced.graph.eliminate_dead_code()
     correct_vals(traced)
+    for region in regions(traced):
+        for node in region.graph.find_nodes(op="get_attr"):
+            if isinstance(value := get_constant(region, node.target), Tensor):
+                origins(region)[str(node.target)] = value
     placeholders = traced.graph.find_nodes(op="placeholder")
     bindings: dict[str, int] = {}
     inputs = []
@@ -65,10 +76,31 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoCapt
         else:
             name = _free_path(traced, _module_path(argument))
             _to_constant(traced, node, name, value)
-            bindings[name] = index
+            origins(traced)[name] = bindings[name] = index
     traced.recompile()
     sources = tuple(getattr(argument, "_dynamo_source", None) for argument in given)
-    return DynamoCapture(traced, bindings, tuple(inputs), sources)
+    gathered = frozenset(index for index in bindings.values() if _is_gathered(sources[index]))
+    return DynamoCapture(traced, bindings, tuple(inputs), tuple(example_inputs), sources, gathered)
+
+
+def real_arguments(example_inputs: Sequence[Any]) -> list[Any]:
+    """The arguments of a backend, with the user's tensors in the place of fake ones.
+
+    Dynamo's optimizer for DDP compiles a graph in parts and gives each part fake tensors. What one part computes for
+    another stays fake: there is no such tensor yet.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    if context is None or mode is None or not any(isinstance(value, FakeTensor) for value in example_inputs):
+        return list(example_inputs)
+    memo = mode.fake_tensor_converter._get_memo
+    behind = {id(fake): real for real in context.tensor_to_context if (fake := memo(real)) is not None}
+    return [behind.get(id(value), value) for value in example_inputs]
+
+
+def _is_gathered(source: Any) -> bool:
+    """Whether Dynamo found a tensor in a module of FSDP, whose parameters hold their values only while it runs."""
+    return source is not None and source.guard_source.is_fsdp_module()
 
 
 def _fake_inputs(placeholders: Iterable[fx.Node], example_inputs: Sequence[Any]) -> list[Any]:

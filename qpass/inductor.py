@@ -18,6 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qpass.capture_dynamo import DynamoCapture
+from qpass.derivation import Derivation, Key
 from qpass.graph.edit import copy_graph_module, get_constant
 from qpass.graph.fake import fake_mode_of
 from qpass.graph.misdescribed import spell_out
@@ -54,20 +55,17 @@ def compile_lowered(
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    constants = LiveConstants(gm, example_inputs, capture)
     lifted = copy_graph_module(gm)
+    derivation = Derivation(lifted)
     spell_out(lifted)
     packed = hide(lifted)
-    positions = list(capture.inputs if capture is not None else range(len(example_inputs)))
-    held = []
-    for tensor in _lift(lifted, first=lambda tensor: constants.argument(tensor) is not None):
-        position = constants.argument(tensor)
-        if position is None:
-            constants.hold(tensor)
-            held.append(tensor)
-        else:
-            positions.append(position)
+    keys = _lift(lifted, derivation)
     lifted = copy_graph_module(lifted)  # leaves the constants behind
+    given: Sequence[Any] = capture.arguments if capture is not None else example_inputs
+    constants = LiveConstants(derivation, given, capture.gathered if capture is not None else ())
+    positions = list(capture.inputs if capture is not None else range(len(example_inputs)))
+    positions += [number for kind, number in keys if kind == "argument"]
+    held = [constants.hold(key) for key in keys if key[0] != "argument"]
     sources = capture.sources if capture is not None else [None] * len(example_inputs)
     _keep_sources(lifted, [*(sources[position] for position in positions), *(None for _ in held)])
     mode = _backend_mode(lifted)
@@ -109,45 +107,48 @@ def compile_plain(
     return compiled
 
 
-def _lift(gm: fx.GraphModule, first: Callable[[Tensor], bool]) -> list[Tensor]:
-    """Turn the tensors that the graph and its regions read into inputs, each once; the tensors in input order.
+def _lift(gm: fx.GraphModule, derivation: Derivation) -> list[Key]:
+    """Turn the tensors that the graph and its regions read into inputs, each once; what they are, in input order.
 
-    Regions get them as operands: ``cond(p, f, g, (x,)) -> cond(p, f, g, (x, weight))``, all of them in every region.
+    Dynamo's arguments come first. Regions get them as operands: ``cond(p, f, g, (x,)) -> cond(p, f, g, (x, weight))``,
+    all of them in every region.
     """
-    found: dict[int, Tensor] = {}
-    inside: dict[int, Tensor] = {}
+    found: dict[Key, None] = {}
+    inside: dict[Key, None] = {}
     for region in regions(gm):
-        for node in region.graph.find_nodes(op="get_attr"):
-            value = get_constant(region, node.target)
-            if isinstance(value, Tensor):
-                found[id(value)] = value
-                if region is not gm:
-                    inside[id(value)] = value
-    ordered = sorted(found.values(), key=lambda tensor: not first(tensor))
+        for _, key in _reads(region, derivation):
+            found[key] = None
+            if region is not gm:
+                inside[key] = None
+    ordered = sorted(found, key=lambda key: key[0] != "argument")
     for region in list(regions(gm)):
-        _take_inputs(region, ordered if region is gm else list(inside.values()), list(inside.values()))
+        _take_inputs(region, _reads(region, derivation), ordered if region is gm else list(inside), list(inside))
     return ordered
 
 
-def _take_inputs(region: fx.GraphModule, tensors: list[Tensor], passed_on: list[Tensor]) -> None:
-    graph = region.graph
-    reads = [
-        (node, value)
-        for node in graph.find_nodes(op="get_attr")
-        if isinstance(value := get_constant(region, node.target), Tensor)
+def _reads(region: fx.GraphModule, derivation: Derivation) -> list[tuple[fx.Node, Key]]:
+    return [
+        (node, derivation.key(region, str(node.target)))
+        for node in region.graph.find_nodes(op="get_attr")
+        if isinstance(get_constant(region, node.target), Tensor)
     ]
-    values = {id(value): node.meta.get("val") for node, value in reads}
+
+
+def _take_inputs(
+    region: fx.GraphModule, reads: list[tuple[fx.Node, Key]], keys: list[Key], passed_on: list[Key]
+) -> None:
+    graph = region.graph
+    values = {key: node.meta.get("val") for node, key in reads}
     placeholders = graph.find_nodes(op="placeholder")
-    inputs: dict[int, fx.Node] = {}
+    inputs: dict[Key, fx.Node] = {}
     with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before(next(iter(graph.nodes))):
-        for tensor in reversed(tensors):  # each is inserted right after the last old placeholder
-            node = graph.placeholder(f"constant_{len(inputs)}")
-            node.meta["val"] = values.get(id(tensor))
-            inputs[id(tensor)] = node
-    for node, value in reads:
-        node.replace_all_uses_with(inputs[id(value)])
+        for key in reversed(keys):  # each is inserted right after the last old placeholder
+            inputs[key] = graph.placeholder(f"constant_{len(inputs)}")
+            inputs[key].meta["val"] = values.get(key)
+    for node, key in reads:
+        node.replace_all_uses_with(inputs[key])
         graph.erase_node(node)
-    extra = tuple(inputs[id(tensor)] for tensor in passed_on)
+    extra = tuple(inputs[key] for key in passed_on)
     for call in graph.nodes:
         operands = operands_of(region, call) if extra else None
         if operands is not None and operands.bodies:

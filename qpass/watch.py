@@ -36,9 +36,12 @@ class WeightWatch:
 
     def remember(self, tensors: Sequence[Tensor]) -> None:
         """Take the present state of ``tensors`` as the one to compare with."""
-        freed: list[int] = []
-        storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-        self._storages = [weakref.ref(storage, _note(freed)) for storage in storages.values()]
+        freed: set[int] = set()
+        storages: dict[int, tuple[Any, list[int]]] = {}
+        for index, tensor in enumerate(tensors):
+            storage = tensor.untyped_storage()
+            storages.setdefault(storage._cdata, (storage, []))[1].append(index)
+        self._storages = [weakref.ref(storage, _note(freed, indices)) for storage, indices in storages.values()]
         self._freed = freed
         self._copies = [tensor.clone() if tensor.is_inference() else None for tensor in tensors]
         self._countable = not any(tensor.is_inference() for tensor in tensors)
@@ -73,7 +76,9 @@ class WeightWatch:
 
     def changed(self, tensors: Sequence[Tensor]) -> list[int]:
         """The positions of the tensors that changed, or may have."""
-        return [index for index, tensor in enumerate(tensors) if self._freed or self._differs(index, tensor)]
+        return [
+            index for index, tensor in enumerate(tensors) if index in self._freed or self._differs(index, tensor)
+        ]  # fmt: skip
 
     def _differs(self, index: int, tensor: Tensor) -> bool:
         copy = self._copies[index]
@@ -87,8 +92,8 @@ class WeightWatch:
         )
 
 
-def _note(freed: list[int]) -> Callable[[Any], None]:
-    return lambda _: freed.append(1)
+def _note(freed: set[int], indices: Sequence[int]) -> Callable[[Any], None]:
+    return lambda _: freed.update(indices)
 
 
 def _sample(tensor: Tensor) -> Any:

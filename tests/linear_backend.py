@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qpass.capture_dynamo import from_dynamo
-from qpass.graph.constants import Derived, derived_constants
-from qpass.graph.edit import Editor, free_name, get_constant
+from qpass.graph.edit import Editor, get_constant
+from qpass.graph.origins import Derived
 from qpass.graph.regions import regions, sink_constants
 from qpass.inductor import compile_lowered
 
@@ -68,9 +68,8 @@ def lower_linears(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def derive(edit: Editor, source: str, suffix: str, compute: Callable[[Tensor], Tensor], at: fx.Node) -> fx.Node:
-    name = free_name(edit.gm, f"{source}_{suffix}")
-    derived_constants(edit.gm)[name] = Derived((source,), compute)
-    return edit.constant(name, compute(get_constant(edit.gm, source).detach()), like=at, before=at)
+    value = compute(get_constant(edit.gm, source).detach())
+    return edit.constant(f"{source}_{suffix}", value, like=at, before=at, derived=Derived((source,), compute))
 
 
 class Backend:

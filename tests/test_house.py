@@ -30,7 +30,8 @@ FLOORS = (
     ("comm", "passes"),
     (
         "pipeline", "decisions", "compress", "communication", "opaque", "capture_errors", "capture_dynamo",
-        "example_inputs", "capture", "capture_training", "watch", "refresh", "compiled", "inductor", "stages", "lower",
+        "example_inputs", "capture", "capture_training", "watch", "derivation", "refresh",
+        "compiled", "inductor", "stages", "lower",
     ),
     ("inspect",),
     ("api", "io", "backend", "compat"),

@@ -1,8 +1,7 @@
 """Constant expressions: the part of a graph that reads nothing but parameters and buffers.
 
 A weight is rarely a bare ``get_attr``: it may be transposed, folded with a batch norm, or concatenated with its
-siblings. Everything here works on the *expression*, evaluates it one weight at a time, and remembers how a constant
-was derived, so that it can be derived again when the parameter behind it changes.
+siblings. Everything here works on the *expression* and evaluates it one weight at a time.
 """
 
 from __future__ import annotations
@@ -16,21 +15,6 @@ from torch import fx
 
 from qpass.graph.alias import written
 from qpass.graph.edit import get_constant
-
-DERIVED_KEY = "qpass_derived"
-
-
-@dataclass(frozen=True)
-class Derived:
-    """``compute(*sources) -> tensor``: how the constant of this name follows from others of the same graph module."""
-
-    sources: tuple[str, ...]
-    compute: Callable[..., torch.Tensor]
-
-
-def derived_constants(gm: fx.GraphModule) -> dict[str, Derived]:
-    """Constants of ``gm`` that follow from others, in the order in which they can be computed."""
-    return gm.meta.setdefault(DERIVED_KEY, {})
 
 
 class Constants:

@@ -14,6 +14,7 @@ from torch.fx.traceback import NodeSource, NodeSourceAction
 
 from qpass.graph.fake import fake_call, fake_constant, fake_mode_of
 from qpass.graph.module import GraphModule
+from qpass.graph.origins import Derived, derived_constants, is_known
 
 INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 
@@ -59,10 +60,17 @@ class Editor:
             node = self.graph.call_module(name, args)
         return self._finish(node, like, val)
 
-    def constant(self, name: str, value: torch.Tensor, like: fx.Node, before: fx.Node) -> fx.Node:
-        """Register ``value`` as a buffer under a free name close to ``name`` and insert its ``get_attr``."""
+    def constant(
+        self, name: str, value: torch.Tensor, like: fx.Node, before: fx.Node, derived: Derived | None = None
+    ) -> fx.Node:
+        """Register ``value`` as a buffer under a free name close to ``name`` and insert its ``get_attr``.
+
+        ``derived`` says how it follows from other constants, if it does.
+        """
         name = free_name(self.gm, name)
         set_constant(self.gm, name, value)
+        if derived is not None:
+            derived_constants(self.gm)[name] = derived
         return self.attribute(name, like=like, before=before, value=value)
 
     def attribute(self, name: str, like: fx.Node, before: fx.Node, value: torch.Tensor) -> fx.Node:
@@ -127,9 +135,9 @@ def set_constant(gm: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def free_name(gm: torch.nn.Module, name: str) -> str:
-    """``name``, or ``name_1``, ``name_2``, ... whichever is not taken."""
+    """``name``, or ``name_1``, ``name_2``, ... whichever is not taken and was never a constant's."""
     candidate, number = name, 0
-    while _has(gm, candidate):
+    while _has(gm, candidate) or is_known(gm, candidate):
         number += 1
         candidate = f"{name}_{number}"
     return candidate

@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qpass.graph.alias import written
-from qpass.graph.constants import derived_constants
 from qpass.graph.edit import get_constant
+from qpass.graph.origins import derived_constants
 from qpass.graph.regions import regions
 
 BORROWED_KEY = "qpass_borrowed"

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from qpass.graph.edit import Editor, free_name, get_constant, owner_of
+from qpass.graph.origins import move_origin
 
 Types = Mapping[str, Any]  # module path -> module type
 
@@ -212,7 +213,7 @@ def _hold(gm: fx.GraphModule, source: fx.GraphModule, name: str) -> str:
     """Make the attribute ``name`` of ``source`` one of ``gm`` too, as what it is there; its name in ``gm``."""
     origin, leaf = owner_of(source, name)
     value = getattr(origin, leaf)
-    name = free_name(gm, name)
+    held, name = name, free_name(gm, name)
     *path, last = name.split(".")
     owner: torch.nn.Module = gm
     for part in path:
@@ -225,6 +226,7 @@ def _hold(gm: fx.GraphModule, source: fx.GraphModule, name: str) -> str:
         owner.register_buffer(last, value, persistent=leaf not in origin._non_persistent_buffers_set)
     else:
         setattr(owner, last, value)
+    move_origin(source, held, gm, name)
     return name
 
 

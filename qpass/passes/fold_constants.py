@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from qpass.graph.constants import Constants, Derived, derived_constants, expression
-from qpass.graph.edit import Editor, free_name
+from qpass.graph.alias import storages
+from qpass.graph.constants import Constants, expression
+from qpass.graph.edit import Editor
+from qpass.graph.origins import Derived
 from qpass.graph.source import module_path
 from qpass.passes.frame import Pass
 from qpass.rewrite.qdq import DEQUANTIZE
@@ -21,11 +23,13 @@ class FoldConstants(Pass):
     """``f(parameter)  ->  constant``, for the outermost such expressions; how it was derived is remembered
 
     Dequantization of stored codes is an expression too, but is never folded: it would store the float weight again.
+    Nor is a mere view of a parameter, which costs nothing, and whose memory would be the parameter's.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
         constants, edit = Constants(gm), Editor(gm, self.name)
         stays: set[fx.Node] = set()
+        views: set[fx.Node] = set()
         count = 0
         for node in list(gm.graph.nodes):
             if node.op != "call_function" or node not in constants:
@@ -35,12 +39,17 @@ class FoldConstants(Pass):
                 continue
             if not isinstance(node.meta.get("val"), torch.Tensor):
                 continue
+            memory = set(storages(node))
+            bases = [source for source in node.all_input_nodes if source.op == "get_attr" or source in views]
+            if any(memory.intersection(storages(base)) for base in bases):
+                views.add(node)
+                continue
             if all(user in constants and user.target not in _GROWS for user in node.users):
                 continue  # an inner part of a larger expression
             names, compute = expression(node)
             value = constants.value(node)
-            name = free_name(gm, f"{module_path(node)}.folded".lstrip("."))
-            derived_constants(gm)[name] = Derived(names, compute)
-            node.replace_all_uses_with(edit.constant(name, value, like=node, before=node))
+            name = f"{module_path(node)}.folded".lstrip(".")
+            folded = edit.constant(name, value, like=node, before=node, derived=Derived(names, compute))
+            node.replace_all_uses_with(folded)
             count += 1
         return count

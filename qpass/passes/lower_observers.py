@@ -11,9 +11,10 @@ from torch import fx
 
 from qpass.blocks import BLOCK
 from qpass.errors import CalibrationError
-from qpass.graph.constants import Constants, Derived, derived_constants, expression
-from qpass.graph.edit import Editor, free_name
+from qpass.graph.constants import Constants, expression
+from qpass.graph.edit import Editor
 from qpass.graph.fake import fake_call
+from qpass.graph.origins import Derived
 from qpass.graph.record import graph_record
 from qpass.graph.source import where
 from qpass.numerics import quantize_weight
@@ -126,9 +127,8 @@ class LowerObservers(Pass):
         base = str(source.target) if source.op == "get_attr" else names[0]
         stored = []
         for index, (suffix, value) in enumerate(zip(("codes", "scale", "zero_point"), parts, strict=True)):
-            name = free_name(edit.gm, f"{base}_{suffix}")
-            derived_constants(edit.gm)[name] = Derived(names, _part(index, compute, spec, qparams))
-            stored.append(edit.constant(name, value, like=node, before=node))
+            derived = Derived(names, _part(index, compute, spec, qparams))
+            stored.append(edit.constant(f"{base}_{suffix}", value, like=node, before=node, derived=derived))
         place = {"like": node, "before": node}
         if isinstance(spec.granularity, PerChannel):
             tail = (*stored, spec.granularity.axis, *spec.range, spec.dtype)

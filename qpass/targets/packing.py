@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpass.graph.constants import Derived, derived_constants, expression
-from qpass.graph.edit import Editor, free_name, get_constant
+from qpass.graph.constants import expression
+from qpass.graph.edit import Editor, get_constant
+from qpass.graph.origins import Derived
 from qpass.rewrite.island import IslandMatch, codes_of, quantized_operands
 
 aten = torch.ops.aten
@@ -80,10 +81,9 @@ def packed(m: IslandMatch, pack: Any, edit: Editor, before: fx.Node) -> tuple[fx
             del given[: len(names)]
         return pack(*arguments)
 
-    name = free_name(edit.gm, f"{str(codes.target) if codes.op == 'get_attr' else codes.name}_packed")
+    name = f"{str(codes.target) if codes.op == 'get_attr' else codes.name}_packed"
     value = compute(*(get_constant(edit.gm, source) for source in sources))
-    derived_constants(edit.gm)[name] = Derived(sources, compute)
-    node = edit.constant(name, value, like=m.root, before=before)
+    node = edit.constant(name, value, like=m.root, before=before, derived=Derived(sources, compute))
     return node, w.scale, w.zero_point
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qpass.capture import capture
-from qpass.graph.constants import Constants, Derived, derived_constants, expression, is_pure
+from qpass.graph.constants import Constants, expression, is_pure
+from qpass.graph.origins import Derived, derived_constants
 from road import Do
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from interpret import operators
 from once import run_once
 from qpass.capture import capture
-from qpass.graph.constants import derived_constants
+from qpass.graph.origins import derived_constants
 from qpass.passes.fold_constants import FoldConstants
 from road import Do, road
 
@@ -86,3 +86,12 @@ def test_results_that_are_not_tensors_stay() -> None:
     gm, x = captured(lambda m, x: x @ m.w.split(2)[0].t())
     assert run_once(FoldConstants(), gm, x) == 1
     assert operators(gm).splitlines()[1] == "matmul = matmul(inputs_0, folded)"
+
+
+def test_a_view_of_a_parameter_is_left_where_it_is() -> None:
+    gm, x = captured(lambda m, x: x @ m.w.t() + m.v.view(2, 2).t().reshape(4) + m.v.to(torch.float64))
+    before = gm(x)
+    assert run_once(FoldConstants(), gm, x) == 2  # the reshape copies, and so does the cast
+    assert operators(gm).splitlines()[1:3] == ["t = t(w)", "matmul = matmul(inputs_0, t)"]
+    assert sorted(derived_constants(gm)) == ["folded", "folded_1"]
+    assert torch.equal(gm(x), before)

@@ -14,7 +14,7 @@ from interpret import operators
 from once import run_once
 from qpass.config import Config
 from qpass.errors import StrictError
-from qpass.graph.constants import derived_constants
+from qpass.graph.origins import derived_constants
 from qpass.ops import graph_ops as ops
 from qpass.passes.carry_codes import CarryCodes
 from qpass.passes.lower_islands import LowerIslands

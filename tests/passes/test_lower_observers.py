@@ -10,7 +10,7 @@ from once import run_once
 from qpass.capture import capture
 from qpass.config import Config
 from qpass.errors import CalibrationError
-from qpass.graph.constants import derived_constants
+from qpass.graph.origins import derived_constants
 from qpass.observer import MinMaxObserver
 from qpass.passes.annotate import Annotate
 from qpass.passes.insert_observers import InsertObservers
