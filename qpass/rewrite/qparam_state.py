@@ -59,11 +59,13 @@ def refuse_state(gm: fx.GraphModule) -> None:
 def quantized_tensors(gm: fx.GraphModule) -> list[Quantized]:
     """The quantized tensors of a graph and its regions, weights among them, in graph order."""
     taken: set[str] = {name for name, _ in [*gm.named_parameters(), *gm.named_buffers()]}
+    paths = {id(module): path for path, module in gm.named_modules()}
     found: dict[fx.Node, Quantized] = {}
 
     def add(node: fx.Node, name: str, qparams: QParams) -> None:
         words = ("spec", "scale", "zero_point") if qparams.is_static else ("spec",)
-        name = _free(name.strip(".").replace(".", "/"), words, taken)
+        path = f"{paths[id(region)]}.{name}"  # a region's keys start with its own path
+        name = _free("/".join(filter(None, path.split("."))), words, taken)
         found[node] = Quantized(name, _written(qparams), qparams, [node])
 
     for region in regions(gm):
