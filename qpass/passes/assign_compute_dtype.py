@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from qpass.graph.alias import written
 from qpass.graph.constants import Constants
-from qpass.graph.edit import get_constant
 from qpass.graph.record import record_of, set_record
 from qpass.passes.annotate import ISLAND
 from qpass.passes.expand_attention import EXPAND, may_expand
 from qpass.passes.frame import Pass
+from qpass.rewrite.float_range import beyond, exceeds, read_exactly, whole_numbers
 from qpass.rewrite.views import carried
 
 aten = torch.ops.aten
 COMPUTE_DTYPE = "qpass_compute_dtype"
 """``meta`` key: the dtype that an operation computes in once ``convert`` has placed the casts."""
 BEYOND = "qpass_beyond"
-"""``meta`` key: the values may lie beyond the largest number of that dtype, as a mask's do that is full of the smallest
-float32; a cast brings them to that number, since an infinity in their place makes NaN of a row that is all masked."""
+"""``meta`` key: finite values may lie beyond the largest number of that dtype, as those of a mask that is full of the
+smallest float32; a cast brings them to that number, since an infinity in their place makes NaN of a row that is all
+masked. Infinities stay."""
 AS_IT_COMES = "as it comes"
 """Instead of a dtype: the operation moves values and takes them in whichever dtype they have."""
 
@@ -46,10 +46,12 @@ FOLLOWS: frozenset[Any] = frozenset({
 })  # fmt: skip
 """Element by element: computed in bfloat16 as soon as one operand is."""
 
-KEEPS_SIZE: frozenset[Any] = (FOLLOWS | {aten.triu.default, aten.tril.default, aten.masked_fill.Tensor}) - {
-    aten.softmax.int, aten.sigmoid.default, aten.tanh.default, aten.hardtanh.default, aten.hardsigmoid.default,
-}  # fmt: skip
-"""Results may be as large as operands are."""
+RELATIVE: frozenset[Any] = frozenset({
+    aten.mul.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.div.Tensor, aten.sigmoid.default, aten.tanh.default,
+    aten.hardsigmoid.default, aten.softmax.int, aten.index_select.default,
+})  # fmt: skip
+"""Operations whose result may be rounded although an operand holds whole numbers: the error is as large as the other
+operand's, or the result is small."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,25 @@ class AssignComputeDtype(Pass):
     """Multiply-accumulates and what hangs on them in ``dtype``; statistics, sums and unknown operations in float32
 
     A quantized operation computes in float32 and hands ``dtype`` on to the float operations behind it. What is written
-    in place stays as it is: a cast is a copy, and the write would miss it. With ``expand_attention``, attention is
-    marked to run as two matrix products.
+    in place stays as it is: a cast is a copy, and the write would miss it. float32 stays, too, where a rounding in the
+    8 bits of bfloat16 is no small change: in products and sums of whole numbers (positions, times), and before a sine,
+    a ``floor`` or a variance. With ``expand_attention``, attention is marked to run as two matrix products.
     """
 
     dtype: torch.dtype
     expand_attention: bool = False
 
     def run(self, gm: fx.GraphModule) -> int:
-        constants, changing = Constants(gm), written(gm.graph)
+        constants = Constants(gm)
+        changing = written(gm.graph)
+        exact = changing | read_exactly(gm.graph, FOLLOWS, MULTIPLIES)
+        whole = whole_numbers(gm, self.dtype, MULTIPLIES)
         low: set[fx.Node] = set()
         before = {node: node.meta.get(COMPUTE_DTYPE) for node in gm.graph.nodes}
         for node in gm.graph.nodes:
-            if _is_float32(node) and self._is_beyond(gm, node, low):
-                node.meta[BEYOND] = True
             if node.op != "call_function" or node in constants or not _is_float32(node):
-                if node.op == "call_function" and _is_list(node) and node not in changing and self._wants(node, low):
+                may_round = node.op == "call_function" and node not in exact
+                if may_round and _is_list(node) and self._wants(node, low, whole):
                     low.add(node)
                     node.meta[COMPUTE_DTYPE] = self.dtype
                 elif node.op == "call_function" and any(n in low for n in node.all_input_nodes):
@@ -83,7 +88,7 @@ class AssignComputeDtype(Pass):
                     low.add(node)
                 node.meta[COMPUTE_DTYPE] = torch.float32
                 continue
-            wants = node not in changing and self._wants(node, low)
+            wants = node not in exact and self._wants(node, low, whole)
             node.meta[COMPUTE_DTYPE] = self.dtype if wants else torch.float32
             if len(carried(node)) == 1:
                 node.meta[COMPUTE_DTYPE] = AS_IT_COMES
@@ -94,32 +99,19 @@ class AssignComputeDtype(Pass):
             record = record_of(node)
             if record is not None and wants:
                 set_record(node, record.but(compute_dtype=self.dtype))
+        products = {node for node in gm.graph.nodes if node.target in MULTIPLIES - {aten.embedding.default}}
+        rounded = {node for node in low if ISLAND not in node.meta and node.meta[COMPUTE_DTYPE] == self.dtype}
+        for node in beyond(gm, self.dtype, rounded, products):
+            node.meta[BEYOND] = True
         return sum(node.meta.get(COMPUTE_DTYPE) != dtype for node, dtype in before.items())
 
-    def _wants(self, node: fx.Node, low: set[fx.Node]) -> bool:
+    def _wants(self, node: fx.Node, low: set[fx.Node], whole: Set[fx.Node]) -> bool:
+        if node.target not in RELATIVE and not whole.isdisjoint(node.all_input_nodes):
+            return False
         if node.target in MULTIPLIES:
             return True
         follows = node.target in FOLLOWS or bool(carried(node)) or getattr(node.target, "__name__", "") == "getitem"
-        return follows and any(source in low for source in node.all_input_nodes) and not self._exceeds(node)
-
-    def _exceeds(self, node: fx.Node) -> bool:
-        """Whether a number among the arguments is finite, and larger than any of ``dtype``."""
-        numbers = [abs(value) for value in tree_leaves((node.args, node.kwargs)) if isinstance(value, float)]
-        return any(torch.finfo(self.dtype).max < number < math.inf for number in numbers)
-
-    def _is_beyond(self, gm: fx.GraphModule, node: fx.Node, low: set[fx.Node]) -> bool:
-        """Whether a float32 value may be finite and larger than any of ``dtype``."""
-        if node.op == "get_attr":
-            value = get_constant(gm, str(node.target))
-            if isinstance(value, torch.nn.Parameter) or not isinstance(value, torch.Tensor):
-                return False  # no mask; and reading all weights takes long
-            if value.layout != torch.strided or not value.numel():
-                return False
-            return any(torch.finfo(self.dtype).max < abs(float(end)) < math.inf for end in value.aminmax())
-        if node.op != "call_function" or ISLAND in node.meta or self._wants(node, low):
-            return False
-        inherits = node.target in KEEPS_SIZE or bool(carried(node))
-        return self._exceeds(node) or (inherits and any(BEYOND in source.meta for source in node.all_input_nodes))
+        return follows and any(source in low for source in node.all_input_nodes) and not exceeds(node, self.dtype)
 
 
 def _is_float32(node: fx.Node) -> bool:

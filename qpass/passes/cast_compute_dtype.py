@@ -27,7 +27,8 @@ class CastComputeDtype(Pass):
 
     Quantized operations compute in float32 and are cast behind; where both a float reader and a quantize node follow,
     the quantize node reads the cast value too, so that a kernel can write bfloat16 once. Outputs keep their dtype. A
-    value that is written in place is cast for each reader anew; one beyond the range of the dtype is clamped to it.
+    value that is written in place is cast for each reader anew. Where finite values may lie beyond the range of the
+    dtype, they are clamped to it, and infinities and NaN stay: ``to(where(isinf(x), x, clamp(x)), bfloat16)``.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -68,11 +69,14 @@ class CastComputeDtype(Pass):
             while following.op == "placeholder":
                 following = following.next
             origin = source if source.op == "call_function" else reader  # an input has no line of its own
+            place = {"like": origin, "before": following}
             value = source
-            if BEYOND in source.meta:
+            if BEYOND in source.meta and torch.finfo(dtype).max < torch.finfo(_dtype(source)).max:
                 limit = torch.finfo(dtype).max
-                value = edit.call(aten.clamp.default, source, -limit, limit, like=origin, before=following)
-            casts[key] = edit.call(aten.to.dtype, value, dtype, like=origin, before=following)
+                clamped = edit.call(aten.clamp.default, source, -limit, limit, **place)
+                infinite = edit.call(aten.isinf.default, source, **place)
+                value = edit.call(aten.where.self, infinite, source, clamped, **place)
+            casts[key] = edit.call(aten.to.dtype, value, dtype, **place)
         return casts[key]
 
     def _quantize_from_casts(self, casts: Casts) -> None:
