@@ -8,10 +8,11 @@ from qpass.comm.calibrate import calibrate_link
 from qpass.comm.codec import Codec, codec
 from qpass.comm.collectives import all_gather, all_reduce, all_to_all, broadcast, reduce_scatter
 from qpass.comm.cost import Decision, Link, decide
-from qpass.comm.ddp_hooks import ddp_hook, quantization_perchannel_hook, quantization_pertensor_hook
+from qpass.comm.ddp_hooks import ddp_hook
 from qpass.comm.fsdp import compress_fsdp
 from qpass.comm.override import Override
 from qpass.comm.policy import Policy
+from qpass.comm.quantization_hooks import quantization_perchannel_hook, quantization_pertensor_hook
 from qpass.comm.work import Work
 from qpass.ops.feedback import Feedback
 

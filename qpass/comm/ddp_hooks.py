@@ -5,7 +5,7 @@ Annotations are not postponed in this file: DDP compares those of a hook with th
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,33 +18,17 @@ from qpass.comm.codec import Codec, codec
 from qpass.comm.cost import Link, decide
 from qpass.comm.ledger import DECLINED_BY_LINK, SPARSE, WARM_UP, Declined, Entry, Ledger
 from qpass.comm.owned_rows import OwnedRows
-from qpass.comm.statistics import Statistics, sent_bytes
-from qpass.errors import ConfigError
+from qpass.comm.python_bucket import PythonReducer
+from qpass.comm.statistics import Statistics, plain_bytes, sent_bytes
+from qpass.comm.work import Work
+from qpass.errors import AgreementError, ConfigError
 
 Future = torch.futures.Future[torch.Tensor]
+_NO_GROUP = (
+    "a hook registered with None averages over the default group, of {} ranks; where the model has a group of its own, "
+    "call model.register_comm_hook(model.process_group, hook)"
+)
 FORMATS = {8: "int8", 6: "int6", 4: "int4"}
-
-
-def quantization_pertensor_hook(
-    process_group: dist.ProcessGroup | None, bucket: GradBucket
-) -> torch.futures.Future[torch.Tensor]:
-    """The average of a bucket, sent as int8 with a scale for every 128 elements.
-
-    The name is torch's, and the call; one scale a tensor would let one outlier erase all other gradients.
-    Use it as ``model.register_comm_hook(process_group, quantization_pertensor_hook)``.
-
-    Args:
-        process_group: None for the default group.
-        bucket: float16, bfloat16, float32 or float64; the result has its dtype.
-    """
-    return _shared_hook(codec("int8"))(process_group, bucket)
-
-
-def quantization_perchannel_hook(
-    process_group: dist.ProcessGroup | None, bucket: GradBucket, bucket_size: int = 512
-) -> torch.futures.Future[torch.Tensor]:
-    """`quantization_pertensor_hook` with a scale for every `bucket_size` elements."""
-    return _shared_hook(codec("int8", block=bucket_size))(process_group, bucket)
 
 
 def ddp_hook(
@@ -117,12 +101,11 @@ class DDPHook:
     ) -> None:
         self.codec, self.error_feedback, self.warm_up, self.link = codec, error_feedback, warm_up, link
         self.measure_error = measure_error
-        self.statistics, self.ledger = Statistics(), Ledger()
+        self.statistics, self.ledger, self._python = Statistics(), Ledger(), PythonReducer()
         self._layouts: dict[int, _Layout] = {}
         self._numbers: dict[int, int] = {}  # id of a parameter -> its number
-        self._residuals: dict[
-            int, Tensor
-        ] = {}  # number -> float32, flat, whole rows: rotation spreads errors to the end
+        # number -> float32, flat, whole rows: rotation spreads errors to the end
+        self._residuals: dict[int, Tensor] = {}
         self._owned: dict[int, Tensor] = {}  # number -> float32 [rows that this rank sums, row]
         self.__name__ = self.__qualname__ = "qpass_ddp_hook"  # DDP logs it
 
@@ -130,6 +113,8 @@ class DDPHook:
         self, process_group: dist.ProcessGroup | None, bucket: GradBucket
     ) -> torch.futures.Future[torch.Tensor]:
         """The future of the bucket's average over the group, in the bucket's own dtype."""
+        if isinstance(bucket, tuple):  # of DDP's reducer in Python
+            return self._python.average(self, process_group, *bucket)
         group = process_group if process_group is not None else dist.group.WORLD
         assert group is not None
         buffer, world, warm = bucket.buffer(), group.size(), self.statistics.steps < self.warm_up
@@ -142,16 +127,14 @@ class DDPHook:
         layout = None if buffer.is_sparse else self._layout(bucket, group)  # numbers the parameters in every step
         if layout is None or why is not None:
             return self._sent_plain(bucket, group, why)
-        plain = _plain_bytes(buffer, world)
+        plain = plain_bytes(buffer, world)
         values = self._packed(buffer, layout)
-        if layout.owned is None:
-            sent = self.codec.payload_bytes(values.numel())
-            shots = "one_shot" if world == 2 else "two_shot"  # never by size, which depends on the buckets
-            op = dist.ReduceOp.AVG
-            work = collectives.all_reduce(values, op, group, self.codec, async_op=True, schedule=shots)
-        else:
-            sent = world * self.codec.payload_bytes(layout.owned.residual.numel())
-            work = layout.owned.average(values, group)
+        try:
+            sent, work = self._started(values, layout, group)
+        except AgreementError as error:
+            if process_group is None:
+                error.hint = "; ".join(filter(None, (error.hint, _NO_GROUP.format(world))))
+            raise
         self._count(bucket, sent_bytes("all_reduce", sent, world, 1), plain)
 
         def unpack(future: torch.futures.Future[Any]) -> Tensor:
@@ -159,6 +142,13 @@ class DDPHook:
             return self._unpacked(values, buffer, layout)
 
         return work.get_future().then(unpack)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, or a file: all but what belongs to the model copied from. A copy of a DDP model has no hook yet:
+        torch forms its buckets anew, so register one."""
+        kept = {"_residuals": self._residuals, "_owned": self._owned}
+        cloned = {name: {number: part.clone() for number, part in parts.items()} for name, parts in kept.items()}
+        return self.__dict__ | cloned | {"_layouts": {}, "_numbers": {}}
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to continue bit for bit: steps, counts, residuals. Save it on every rank.
@@ -192,6 +182,17 @@ class DDPHook:
         """What this rank has sent for each bucket since the hook was made, and why not as codes."""
         return self.ledger.entries
 
+    def _started(self, values: Tensor, layout: _Layout, group: dist.ProcessGroup) -> tuple[int, Work]:
+        """The bytes of this rank's payloads, and the work that replaces `values` by their average."""
+        world = group.size()
+        if layout.owned is None:
+            shots = "one_shot" if world == 2 else "two_shot"  # never by size, which depends on the buckets
+            op = dist.ReduceOp.AVG
+            work = collectives.all_reduce(values, op, group, self.codec, async_op=True, schedule=shots)
+            return self.codec.payload_bytes(values.numel()), work
+        sent = world * self.codec.payload_bytes(layout.owned.residual.numel())
+        return sent, layout.owned.average(values, group)
+
     def _declined(self, buffer: Tensor, world: int) -> Declined | None:
         pays = self.link is None or decide("all_reduce", buffer.numel(), buffer.dtype, world, self.codec, self.link)
         return None if pays else DECLINED_BY_LINK
@@ -199,7 +200,7 @@ class DDPHook:
     def _sent_plain(self, bucket: GradBucket, group: dist.ProcessGroup, why: Declined | None) -> Future:
         """The average as torch's own hook takes it, sparse gradients too."""
         buffer, world = bucket.buffer(), group.size()
-        plain = _plain_bytes(buffer, world)
+        plain = plain_bytes(buffer, world)
         self._count(bucket, plain, plain, why)
         work = dist.all_reduce(buffer.div_(world), group=group, async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
@@ -259,19 +260,6 @@ class DDPHook:
             parts = [part[:size] for part, size in zip(values.split(layout.padded), layout.sizes, strict=True)]
             torch._foreach_copy_(list(buffer.split(layout.sizes)), parts)
         return buffer
-
-
-def _plain_bytes(buffer: Tensor, world: int) -> int:
-    """What a plain all_reduce sends at best; of a sparse tensor, all gather everyone's indices and values."""
-    if buffer.is_sparse:
-        return (world - 1) * (buffer._indices().nbytes + buffer._values().nbytes)
-    return sent_bytes("all_reduce", buffer.numel(), world, buffer.element_size())
-
-
-@cache
-def _shared_hook(codec: Codec) -> DDPHook:
-    """Without error feedback a hook remembers nothing of a model, so one serves all."""
-    return DDPHook(codec)
 
 
 @lru_cache(maxsize=1 << 10)

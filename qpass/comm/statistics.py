@@ -55,3 +55,10 @@ def sent_bytes(collective: str, numel: int, world: int, itemsize: float) -> int:
     """Bytes that each rank sends at best for a collective over a whole tensor of `numel` elements."""
     rounds = 2 if collective == "all_reduce" else 1
     return round(rounds * (world - 1) * numel / world * itemsize)
+
+
+def plain_bytes(tensor: Tensor, world: int) -> int:
+    """Bytes that each rank sends for a plain all_reduce; of a sparse one all gather all indices and values."""
+    if tensor.is_sparse:
+        return (world - 1) * (tensor._indices().nbytes + tensor._values().nbytes)
+    return sent_bytes("all_reduce", tensor.numel(), world, tensor.element_size())
