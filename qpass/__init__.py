@@ -4,7 +4,7 @@ from qpass import comm, fake_quantize, observer, ops, passes, patterns, presets
 from qpass.api import calibrate, convert, lower, prepare
 from qpass.backend import backend
 from qpass.config import Config
-from qpass.errors import QpassError
+from qpass.errors import QpassError, QpassWarning
 from qpass.inspect.diff import diff
 from qpass.inspect.record import record
 from qpass.inspect.report import report
@@ -15,7 +15,7 @@ from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSp
 __version__ = "0.1.0"
 
 __all__ = [
-    "Config", "PerChannel", "PerGroup", "PerTensor", "PerToken", "QpassError", "QuantizationSpec", "backend",
-    "calibrate", "comm", "convert", "diff", "fake_quantize", "load", "lower", "observer", "ops", "passes", "patterns",
-    "prepare", "presets", "record", "report", "save", "sqnr",
+    "Config", "PerChannel", "PerGroup", "PerTensor", "PerToken", "QpassError", "QpassWarning", "QuantizationSpec",
+    "backend", "calibrate", "comm", "convert", "diff", "fake_quantize", "load", "lower", "observer", "ops", "passes",
+    "patterns", "prepare", "presets", "record", "report", "save", "sqnr",
 ]  # fmt: skip

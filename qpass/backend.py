@@ -17,13 +17,16 @@ from qpass.capture_dynamo import from_dynamo, real_arguments
 from qpass.comm.codec import Codec
 from qpass.comm.policy import Policy, policy
 from qpass.communication import Communication, parameters_of
-from qpass.compiled import remember
+from qpass.compiled import is_first, modules_of, program_compiled_now, remember
 from qpass.config import Config
-from qpass.errors import ConfigError, QpassError, StrictError, near
+from qpass.errors import ConfigError, QpassError, QpassWarning, StrictError, near
+from qpass.fake_quantize import FakeQuantizeBase
 from qpass.graph.constants import Constants
 from qpass.graph.normalize import normalize
 from qpass.graph.record import graph_record, record_of, set_record
 from qpass.graph.regions import regions
+from qpass.graph.source import module_stack
+from qpass.graph.verify import OBSERVER_PREFIX
 from qpass.inductor import compile_lowered, compile_plain
 from qpass.lower import lower_graph
 from qpass.ops.decompositions import table
@@ -34,6 +37,8 @@ from qpass.stages import convert_graph, prepare_graph
 
 log = logging.getLogger(__name__)
 
+_SET_GRAD = torch._C._set_grad_enabled
+
 EXACT = {"emulate_precision_casts": True}
 """Inductor rounds to bfloat16 where the graph says so, also between operations that it fuses into one loop."""
 
@@ -43,8 +48,9 @@ class Backend:
     """A backend for ``torch.compile``; equal settings compare equal, so they do not recompile.
 
     A converted model is lowered. A float model without gradients is quantized by ``config``, which must not need
-    calibration. A float model in training, or without a config, is compiled as it is. ``inductor`` are options for
-    Inductor's own configuration, applied to this compilation alone; a ``mode`` of torch.compile stands for some of
+    calibration; gradients that are off inside of it are off. With gradients it is compiled as it is, with a warning
+    unless it is in training mode or ``comm`` is given; so is one without a config, silently. ``inductor`` are options
+    for Inductor's own configuration, applied to this compilation alone; a ``mode`` of torch.compile stands for some of
     them. ``comm`` says which collectives are compressed, in the forward graph and in the backward one.
     """
 
@@ -68,10 +74,14 @@ class Backend:
                 raise ConfigError(f"unknown mode {mode!r}{near(mode, modes)}", hint=f"use {', '.join(modes)}")
             inductor = modes[mode] | dict(self.inductor)
             return replace(self, inductor=tuple(sorted(inductor.items())))(gm, example_inputs)
+        if torch.is_grad_enabled() and _runs_without_gradients(gm):
+            with torch.no_grad():
+                return torch.no_grad()(self(gm, example_inputs))
         training = _is_training(example_inputs)
         in_float = training or (self.config is None and not _has_qdq(gm))
-        if not in_float and (kind := _wrapped(example_inputs)) and not _has_qdq(gm):
-            self._leave_in_float(f"its tensors are of {kind}, which only AOTAutograd takes apart, behind our capture")
+        why = self._why_in_float(gm, example_inputs, training) if not _has_qdq(gm) else ""
+        if why:
+            self._leave_in_float(why)
             in_float = True
         if in_float:
             log.info("compute is left in floating point")
@@ -103,10 +113,29 @@ class Backend:
         remember(lowered, weights, communication)
         return call
 
+    def _why_in_float(self, gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool) -> str:
+        """Why a float graph that the configuration would have quantized cannot be; "" where it can, or need not."""
+        if self.config is None:
+            return ""
+        observers = _observers(gm)
+        if needs_calibration(self.config) and not observers:
+            raise ConfigError(
+                "a static configuration needs calibration, and a float model was given to the backend",
+                hint="use qpass.prepare, calibrate and convert first, or the presets int8_dynamic or int8_weight_only",
+            )
+        if observers and not (training and any(issubclass(kind, FakeQuantizeBase) for kind in observers)):
+            return "the model is prepared and not converted: call qpass.convert on it, and compile the result"
+        if training and self.comm is None and not observers and not _is_in_training_mode():
+            return "gradients are on: call it under torch.no_grad(), or qpass.convert a prepared model and compile that"
+        if not training and (kind := _wrapped(example_inputs)):
+            return f"its tensors are of {kind}, which only AOTAutograd takes apart, behind our capture"
+        return ""
+
     def _leave_in_float(self, why: str) -> None:
         if self.strict:
             raise StrictError(why, hint="give comm and no config, or compile without strict=True")
-        warnings.warn(f"qpass left a compiled graph in float: {why}", stacklevel=3)
+        if is_first(why):
+            warnings.warn(f"qpass left a compiled graph in float: {why}", QpassWarning, stacklevel=3)
 
     def _communication(self, gm: fx.GraphModule, comm: Policy, training: bool) -> Communication:
         backward = torch._dynamo.compiled_autograd.in_compiled_autograd_region
@@ -116,17 +145,14 @@ class Backend:
         if _has_qdq(graph):
             return accounted(graph, self.target)
         assert self.config is not None
-        if needs_calibration(self.config):
-            raise ConfigError(
-                "a static configuration needs calibration, and a float model was given to the backend",
-                hint="use qpass.prepare, calibrate and convert first, or the presets int8_dynamic or int8_weight_only",
-            )
         try:
             return convert_graph(prepare_graph(graph, self.config, self.target, partial=True))
         except QpassError as error:
             if self.strict:
                 raise StrictError(error.what, where=error.where, hint=error.hint) from error
-            warnings.warn(f"qpass left a compiled graph in float: {error.what}\n  where: {error.where}", stacklevel=2)
+            if is_first(error.what):
+                told = f"qpass left a compiled graph in float: {error.what}\n  where: {error.where}"
+                warnings.warn(told, QpassWarning, stacklevel=2)
             return accounted(graph, self.target)
 
 
@@ -201,6 +227,38 @@ def needs_calibration(config: Config) -> bool:
 
 def _is_training(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
+
+
+def _runs_without_gradients(gm: fx.GraphModule) -> bool:
+    """Whether all that a graph computes stands where it switched gradients off; then it switches no more."""
+    switches = gm.graph.find_nodes(op="call_function", target=_SET_GRAD)
+    enabled = True
+    for node in gm.graph.nodes:
+        if node in switches:
+            enabled = node.args[0]
+        elif enabled and node.op not in ("placeholder", "get_attr", "output"):
+            return False
+    if not switches or not enabled:  # it leaves them off for what comes after it
+        return False
+    for node in switches:
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return True
+
+
+def _observers(gm: fx.GraphModule) -> set[type]:
+    """The types of the observers that a graph was traced through; none in a float model."""
+    stacks = (module_stack(node) for region in regions(gm) for node in region.graph.nodes)
+    observing = (kind for stack in stacks for path, kind in stack if _is_observer(path))
+    return {kind for kind in observing if isinstance(kind, type)}
+
+
+def _is_observer(path: str) -> bool:
+    return path.rpartition(".")[2].startswith(OBSERVER_PREFIX)
+
+
+def _is_in_training_mode() -> bool:
+    return any(module.training for module in modules_of(program_compiled_now()))
 
 
 def _wrapped(example_inputs: Sequence[Any]) -> str:

@@ -19,6 +19,7 @@ from qpass.comm.group import group_of, process_group
 from qpass.comm.policy import Policy
 from qpass.compress import CompressCollectives, places_of
 from qpass.decisions import GraphDecisions, take, unmatched
+from qpass.errors import QpassWarning
 from qpass.ops.feedback import Feedback
 
 log = logging.getLogger(__name__)
@@ -114,9 +115,9 @@ class Communication:
                 log.info(line)
                 missed += [line] if record.is_missed else []
         if missed:
-            warnings.warn("qpass left collectives uncompressed:\n  " + "\n  ".join(missed), stacklevel=3)
+            warnings.warn("qpass left collectives uncompressed:\n  " + "\n  ".join(missed), QpassWarning, stacklevel=3)
         for note in conclusions([self]):
-            warnings.warn(note, stacklevel=3)
+            warnings.warn(note, QpassWarning, stacklevel=3)
 
     @property
     def is_complete(self) -> bool:

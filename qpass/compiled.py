@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -68,12 +69,8 @@ def compilations(program: torch.nn.Module | Callable[..., Any]) -> list[Compiled
     """
     is_model = isinstance(program, torch.nn.Module)
     function: Any = type(program).forward if isinstance(program, torch.nn.Module) else inspect.unwrap(program)
-    code, held = getattr(function, "__code__", None), [program]
-    if not is_model:
-        names = inspect.getclosurevars(function) if inspect.isfunction(function) else None
-        held = [*names.nonlocals.values(), *names.globals.values()] if names else []
-    modules = [module for module in held if isinstance(module, torch.nn.Module)]
-    tensors = {id(tensor) for module in modules for tensor in [*module.parameters(), *module.buffers()]}
+    code = getattr(function, "__code__", None)
+    tensors = {id(tensor) for module in modules_of(program) for tensor in [*module.parameters(), *module.buffers()]}
     return [
         one for one in _COMPILED
         if one.reads(tensors) or (code is not None and not (is_model and one.weights) and one.is_part_of(code))
@@ -83,3 +80,42 @@ def compilations(program: torch.nn.Module | Callable[..., Any]) -> list[Compiled
 def compiled_graphs(model: torch.nn.Module) -> list[fx.GraphModule]:
     """The lowered graphs that the backend compiled for ``model``: those that read one of its tensors."""
     return [one.graph for one in compilations(model) if one.graph is not None]
+
+
+def modules_of(program: Any) -> list[torch.nn.Module]:
+    """A model itself, that of a bound method, or the models that a function closes over or names as globals."""
+    if not isinstance(program, torch.nn.Module) and callable(program):
+        program = inspect.unwrap(program)
+        program = getattr(program, "__self__", program)
+    if isinstance(program, torch.nn.Module):
+        return [program]
+    names = inspect.getclosurevars(program) if inspect.isfunction(program) else None
+    held = [*names.nonlocals.values(), *names.globals.values()] if names else []
+    return [module for module in held if isinstance(module, torch.nn.Module)]
+
+
+def program_compiled_now() -> Any:
+    """What torch.compile was given and compiles at this call; None where its call is not among the callers."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":  # torch.compile's, around its argument
+        frame = frame.f_back
+    return frame.f_locals.get("fn") if frame is not None else None
+
+
+_TOLD: dict[tuple[int, str], weakref.ref[Any]] = {}
+
+
+def is_first(what: str) -> bool:
+    """Whether ``what`` was not yet asked about for the compiled model or function whose call compiles now.
+
+    However many graphs it falls into, and however often it is compiled again, it is one to its user.
+    """
+    program = program_compiled_now()
+    if program is None:
+        return True
+    for key in [key for key, ref in _TOLD.items() if ref() is None]:
+        del _TOLD[key]
+    key = id(program), what
+    told = key in _TOLD
+    _TOLD[key] = weakref.ref(program)
+    return not told

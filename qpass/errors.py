@@ -70,6 +70,10 @@ class StrictError(QpassError):
     """Something that was asked for was not done, and the caller asked for strictness."""
 
 
+class QpassWarning(UserWarning):
+    """Something was asked of qpass that it did not do, and went on without: filter it as any category of warnings."""
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the known name most like `name`, or ``""`` when none is like it.
 

@@ -173,13 +173,25 @@ def _compiled(gm: Any) -> tuple[list[fx.GraphModule], list[Communication]]:
         return [gm], []
     found = compilations(program)
     if not found:
-        raise InputError(
-            "this compiled model has no graph of qpass yet",
-            hint='compile it with torch.compile(model, backend="qpass") and run it once under torch.no_grad(); '
-            "in training compute stays in float, and only what comm compresses is reported",
-        )
+        raise InputError("this compiled model has no graph of qpass yet", hint=_way_to_a_graph(program))
     graphs = [one.graph for one in found if one.graph is not None]
     return graphs, [one.communication for one in found if one.communication is not None]
+
+
+def _way_to_a_graph(program: Any) -> str:
+    modules = list(program.modules()) if isinstance(program, torch.nn.Module) else []
+    record = program.meta.get(GRAPH_KEY) if isinstance(program, fx.GraphModule) else None
+    if isinstance(record, GraphRecord) and record.stage == "prepared":
+        return "it is prepared and not converted: call qpass.convert on it, compile the result and run that once"
+    if any(isinstance(module, torch.nn.RNNBase) for module in modules) and not torch._dynamo.config.allow_rnn:
+        return (
+            "torch.compile skips what holds an nn.LSTM, nn.GRU or nn.RNN, and runs it as it is: set "
+            "torch._dynamo.config.allow_rnn = True before it runs, or prepare and convert the model and compile that"
+        )
+    return (
+        'compile it with torch.compile(model, backend="qpass") and run it once under torch.no_grad(); '
+        "in training compute stays in float, and only what comm compresses is reported"
+    )
 
 
 def _record(gm: Any) -> GraphRecord:
