@@ -40,6 +40,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     amend: Callable[[fx.GraphModule], None] | None = None,
+    trains: bool = False,
 ) -> fx.GraphModule:
     """The normalised graph of ``model``, at stage "captured"; called like the model, it returns the same, bit for bit.
 
@@ -50,6 +51,8 @@ def capture(
         kwargs: keyword inputs beside positional ones.
         dynamic_shapes: as ``torch.export.export`` takes it. By default dimension 0 of every tensor is dynamic where
             the model allows it, and static, with a note that says why, where it does not.
+        amend: called with the graph before it is normalised.
+        trains: the graph keeps gradients from passing where the model does: ``detach``, ``torch.no_grad``.
 
     Returns:
         A graph module in evaluation mode. ``meta["qpass_capture"]["notes"]`` lists what should be reported. The graph
@@ -62,12 +65,12 @@ def capture(
     """
     refuse_model(model)
     with TRACING:
-        traced = _trace(model, example_inputs, kwargs, dynamic_shapes)
+        traced = _trace(model, example_inputs, kwargs, dynamic_shapes, trains)
         if not traced.guarded:
             guard_inputs(traced.gm, traced.ranges, traced.excluded)
         if amend is not None:
             amend(traced.gm)
-        gm = normalize(traced.gm, _module_types(model))
+        gm = normalize(traced.gm, _module_types(model), trains)
     if not isinstance(model, ExportedProgram):
         type(gm).__name__ = type(model).__name__  # a GraphModule has a class of its own
     refuse_graph(gm)
@@ -139,7 +142,9 @@ class _Traced:
     guarded: bool = False
 
 
-def _trace(model: nn.Module | ExportedProgram, example_inputs: Any, kwargs: Any, dynamic_shapes: Any) -> _Traced:
+def _trace(
+    model: nn.Module | ExportedProgram, example_inputs: Any, kwargs: Any, dynamic_shapes: Any, trains: bool
+) -> _Traced:
     if isinstance(model, ExportedProgram):
         traced = _from_program(model)
         traced.gm = copy_graph_module(traced.gm, Draft)  # its regions are the program's own
@@ -154,19 +159,21 @@ def _trace(model: nn.Module | ExportedProgram, example_inputs: Any, kwargs: Any,
     if not isinstance(dynamic_shapes, ShapesCollection):  # which knows tensors by identity
         args, keywords = fresh_tensors((args, keywords))
     if dynamic_shapes is not None:
-        return _from_program(export_model(model, args, keywords, dynamic_shapes))
-    return _with_dynamic_batch(model, args, keywords)
+        return _from_program(export_model(model, args, keywords, dynamic_shapes, trains))
+    return _with_dynamic_batch(model, args, keywords, trains)
 
 
-def _with_dynamic_batch(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> _Traced:
+def _with_dynamic_batch(
+    model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], trains: bool
+) -> _Traced:
     batch = next((x.shape[0] for x in tensors_of((args, keywords)) if x.dim()), None)
     if batch is None:
-        return _from_program(export_model(model, args, keywords, None))
+        return _from_program(export_model(model, args, keywords, None, trains))
     several, more = resize_batch((args, keywords), batch, 2) if batch == 1 else fresh_tensors((args, keywords))
     try:
-        program = export_model(model, several, more, _batch_shapes((several, more)))
+        program = export_model(model, several, more, _batch_shapes((several, more)), trains)
     except CaptureError as error:
-        traced = _from_program(export_model(model, args, keywords, None))
+        traced = _from_program(export_model(model, args, keywords, None, trains))
         traced.notes.append(f"the batch size is fixed to {batch}: {error.what}")
         return traced
     symbol = _batch_symbol(program)
@@ -174,11 +181,11 @@ def _with_dynamic_batch(model: nn.Module, args: tuple[Any, ...], keywords: dict[
         traced = _from_program(program)
         traced.notes.append(f"the batch size is fixed to {batch}: the model's code holds for no other")
         return traced
-    one, reason = _export_one(model, *resize_batch((args, keywords), batch, 1))
+    one, reason = _export_one(model, *resize_batch((args, keywords), batch, 1), trains)
     if symbol is not None and one is not None and same_operators(program.graph_module, one.graph_module):
         return _from_program(program)
     if batch == 1:
-        traced = _from_program(one or export_model(model, args, keywords, None))
+        traced = _from_program(one or export_model(model, args, keywords, None, trains))
         traced.notes.append("the batch size is fixed to 1: the model takes another path for other sizes")
         return traced
     traced = _from_program(program)
@@ -201,20 +208,22 @@ def _stateless_constants(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def export_model(
-    model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], dynamic_shapes: Any
+    model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], dynamic_shapes: Any, gradients: bool = False
 ) -> ExportedProgram:
-    """``torch.export.export`` without gradients, and with errors that name the user's line."""
+    """``torch.export.export``, with or without gradients, and with errors that name the user's line."""
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             return export(model, args, keywords, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise explain(error, model) from error
 
 
-def _export_one(model: nn.Module, args: Any, keywords: Any) -> tuple[ExportedProgram | None, str]:
+def _export_one(
+    model: nn.Module, args: Any, keywords: Any, trains: bool
+) -> tuple[ExportedProgram | None, str]:
     """The export at a batch of 1, or None and the reason why there is none."""
     try:
-        return export_model(model, args, keywords, None), ""
+        return export_model(model, args, keywords, None, trains), ""
     except CaptureError as error:
         return None, error.what
 

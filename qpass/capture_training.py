@@ -7,6 +7,7 @@ else in training (an auxiliary loss, another branch) has no single graph, and is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -68,11 +69,19 @@ def capture_training(
     refuse_synchronized(model)
     inputs = fresh_tensors(example_of(example_inputs, kwargs, model))
     with TRACING, modes_kept(model) as training:
-        trains = trace_training(model, inputs)
+        with own_backwards() as lost:
+            trains = trace_training(model, inputs)
+        if lost:
+            warnings.warn(
+                f"qpass trains {', '.join(lost)} by the gradient of what its forward computes: a graph holds no "
+                "backward of a torch.autograd.Function. Where it differs, as for rounding, write it with detach: "
+                "x + (f(x) - x).detach()",
+                stacklevel=3,
+            )
         model.eval()
         return capture(
             model, example_inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes,
-            amend=lambda gm: mark_modes(gm, trains, model, training),
+            amend=lambda gm: mark_modes(gm, trains, model, training), trains=True,
         )  # fmt: skip
 
 
@@ -86,6 +95,26 @@ def refuse_synchronized(model: nn.Module) -> None:
                 hint="use BatchNorm and train with larger batches, or freeze its statistics: "
                 "replace it by a BatchNorm of the same state and call qpass.fake_quantize.freeze_batch_norm_stats",
             )
+
+
+@contextmanager
+def own_backwards() -> Iterator[list[str]]:
+    """The names of the model's own ``torch.autograd.Function`` classes that are applied meanwhile."""
+    found: dict[str, None] = {}
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def named(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith(("torch.", "qpass.")):
+            found[cls.__qualname__] = None
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    names: list[str] = []
+    torch.autograd.Function.apply = classmethod(named)  # type: ignore[method-assign,assignment]
+    try:
+        yield names
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        names.extend(found)
 
 
 @contextmanager
@@ -107,7 +136,7 @@ def trace_training(model: nn.Module, inputs: tuple[Any, Any]) -> fx.GraphModule:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-    return export_model(model, args, keywords, None).module(check_guards=False)
+    return export_model(model, args, keywords, None, gradients=True).module(check_guards=False)
 
 
 def mark_modes(gm: fx.GraphModule, trains: fx.GraphModule, model: nn.Module, training: Mapping[str, bool]) -> None:

@@ -9,6 +9,7 @@ from qpass.config import Config, resolve_compute_dtype, unmatched
 from qpass.errors import ConfigError, ConvertError, StrictError
 from qpass.fake_quantize import FakeQuantizeBase
 from qpass.graph.edit import copy_graph_module, get_constant, rebuild
+from qpass.graph.gradient import DETACH
 from qpass.graph.module import Draft
 from qpass.graph.ownership import own_tensors
 from qpass.graph.record import graph_record, record_of
@@ -68,6 +69,8 @@ def fit_weights(gm: fx.GraphModule) -> None:
         for node in region.graph.nodes:
             if node.op == "get_attr" and isinstance(value := get_constant(region, node.target), torch.Tensor):
                 known[node] = value.detach()
+            elif node.target is DETACH and node.args[0] in known:
+                known[node] = known[node.args[0]]
             elif node.op == "call_module" and all(source in known for source in node.all_input_nodes):
                 module = region.get_submodule(node.target)
                 if isinstance(module, FakeQuantizeBase):

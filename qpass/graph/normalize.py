@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -17,22 +17,23 @@ from torch import fx
 from qpass.graph.alias import Memory, aliased_inputs, all_arguments, arguments, storages, written_inputs
 from qpass.graph.edit import get_constant, rebuild
 from qpass.graph.fake import fake_call
+from qpass.graph.gradient import DETACH, differentiable
 from qpass.graph.regions import Types, inline_set_grad, regions, sink_constants
 from qpass.modes import DROPOUT
 
 aten = torch.ops.aten
 
 
-def normalize(gm: fx.GraphModule, types: Types | None = None) -> fx.GraphModule:
+def normalize(gm: fx.GraphModule, types: Types | None = None, trains: bool = False) -> fx.GraphModule:
     """A graph module around ``gm``'s own graph, in plain form, that holds just what the graph still reads.
 
     All passes of this file and of ``regions`` in order, and one recompilation. ``types`` maps module paths to module
-    types, for the nodes of regions (see :func:`sink_constants`).
+    types, for the nodes of regions (see :func:`sink_constants`). ``trains``: gradients stop where the model stops them.
     """
-    inline_set_grad(gm)
+    inline_set_grad(gm, trains)
     sink_constants(gm, types)
     functionalize_inplace(gm)
-    drop_noops(gm)
+    drop_noops(gm, trains)
     eliminate_dead(gm)
     for region in regions(gm):
         if region is not gm:
@@ -50,7 +51,7 @@ def functionalize_inplace(gm: fx.GraphModule) -> int:
     return sum(_functionalize(region.graph) for region in regions(gm))
 
 
-def drop_noops(gm: fx.GraphModule) -> int:
+def drop_noops(gm: fx.GraphModule, trains: bool = False) -> int:
     """``dropout(x, p, train=False)  ->  x``, and so for every operator that returns the values of its input.
 
     Three kinds, each under the condition that makes it exact:
@@ -62,8 +63,12 @@ def drop_noops(gm: fx.GraphModule) -> int:
 
     Kept: ``contiguous`` and ``clone``, whose layout a later view may need when an input's layout is not the example's;
     a ``detach`` in front of a higher-order operator; what a region returns, since a region may not return an input.
+    Where the graph ``trains``, a ``detach`` of what has a gradient is kept too.
     """
-    return sum(_drop_noops(region.graph, in_region=region is not gm) for region in regions(gm))
+    return sum(
+        _drop_noops(region.graph, region is not gm, differentiable(region) if trains else frozenset())
+        for region in regions(gm)
+    )
 
 
 def eliminate_dead(gm: fx.GraphModule) -> int:
@@ -203,7 +208,7 @@ def _twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
 _SAME_VIEW = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 
 
-def _drop_noops(graph: fx.Graph, in_region: bool) -> int:
+def _drop_noops(graph: fx.Graph, in_region: bool, with_gradient: Set[fx.Node]) -> int:
     count = 0
     memory: Memory | None = None
     output = graph.output_node()
@@ -212,6 +217,8 @@ def _drop_noops(graph: fx.Graph, in_region: bool) -> int:
         if kind is None or (in_region and output in node.users):
             continue
         source: fx.Node = node.args[0]
+        if node.target is DETACH and source in with_gradient:
+            continue
         memory = memory or Memory(graph)
         if kind == "view" and memory.is_written(node):
             continue

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass.graph.alias import written_inputs
 from qpass.graph.edit import Editor, free_name, get_constant, owner_of
+from qpass.graph.gradient import DETACH, is_floating
 from qpass.graph.origins import move_origin
 
 Types = Mapping[str, Any]  # module path -> module type
@@ -33,18 +35,21 @@ def regions(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
                 pending.append(module)
 
 
-def inline_set_grad(gm: fx.GraphModule) -> int:
+def inline_set_grad(gm: fx.GraphModule, trains: bool = False) -> int:
     """``wrap_with_set_grad_enabled(mode, region, *operands)  ->  the nodes of region``, wherever it stands.
 
-    The graph is for inference, where the mode changes no value. Inlined nodes keep their metadata. Returns the number
-    of calls inlined.
+    The mode changes no value. In a graph that ``trains`` what comes out of a region without gradients is detached, and
+    so is what the region writes into a tensor. Inlined nodes keep their metadata. Returns the number of calls inlined.
     """
     count = 0
     for region in list(regions(gm)):
         # A body may hold such calls itself; its nodes then stand in this graph, so look again until none is left.
         while calls := region.graph.find_nodes(op="call_function", target=_SET_GRAD):
             for call in calls:
-                _inline(region, call, _bodies(region, call.args[:2])[0], call.args[2:])
+                body = _bodies(region, call.args[:2])[0]
+                if trains and not call.args[0]:
+                    _stop_gradients(body)
+                _inline(region, call, body, call.args[2:])
             count += len(calls)
     return count
 
@@ -87,7 +92,6 @@ def sink_constants(gm: fx.GraphModule, types: Types | None = None) -> int:
 
 
 _SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
-_DETACH = torch.ops.aten.detach.default
 
 # Where the operands stand that every body receives unchanged, as its last inputs: in one list argument ...
 _LISTED = {"cond": 3, "while_loop": 3, "scan": 3, "associative_scan": 2, "map_impl": 2, "hints_wrapper": 1}
@@ -161,6 +165,21 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, operands: t
         gm.graph.erase_node(holder)
 
 
+def _stop_gradients(body: fx.GraphModule) -> None:
+    """Detach the results of a region, what it writes into a tensor, and the tensors from outside that it writes to."""
+    editor = Editor(body, "inline_set_grad")
+    for node in list(body.graph.nodes):
+        writes = written_inputs(node)
+        if node.op == "output":
+            sources = node.all_input_nodes
+        elif writes:
+            sources = [s for s in node.all_input_nodes if s not in writes or s.op in ("placeholder", "get_attr")]
+        else:
+            continue
+        for source in filter(is_floating, sources):
+            node.replace_input_with(source, editor.call(DETACH, source, like=source, before=node))
+
+
 def _sink(gm: fx.GraphModule, call: fx.Node, operands: _Operands) -> list[fx.Node]:
     """Move the constant operands of ``call`` into its bodies; the operands moved, one entry each."""
     constant = [_is_constant(gm, value) for value in operands.values]
@@ -192,8 +211,8 @@ def _detach_operands(gm: fx.GraphModule) -> None:
             continue
         for source in call.all_input_nodes:
             val = source.meta.get("val")
-            if isinstance(val, torch.Tensor) and val.is_floating_point() and source.target is not _DETACH:
-                call.replace_input_with(source, editor.call(_DETACH, source, like=source, before=call))
+            if isinstance(val, torch.Tensor) and val.is_floating_point() and source.target is not DETACH:
+                call.replace_input_with(source, editor.call(DETACH, source, like=source, before=call))
 
 
 def _holds_constants(body: fx.GraphModule) -> bool:

@@ -11,6 +11,7 @@ from torch import fx
 
 from qpass.fake_quantize import FakeQuantizeBase
 from qpass.graph.edit import Editor, free_name, get_constant, set_constant
+from qpass.graph.gradient import DETACH
 from qpass.modes import (
     BY_MODE,
     DROPOUT,
@@ -95,15 +96,19 @@ class InsertModes(Pass):
 
 
 def put_back(aside: Aside, source: fx.Node, edit: Editor) -> fx.Node:
-    """Insert a dropout again: behind the fake-quantize where all its readers have one in common, else before them."""
-    module, place = dropout_of(aside.node, aside.mode), {"like": aside.node, "before": aside.following}
+    """Insert what was set aside: behind the fake-quantize where its readers have one in common, else before them."""
+    place: dict[str, Any] = {"like": aside.node, "before": aside.following}
     readers: dict[fx.Node, list[fx.Node]] = {}
     for user in aside.users:
         for read in user.all_input_nodes:
             if read is source or (is_observer(read) and read.args[0] is source):
                 readers.setdefault(read, []).append(user)
-    shared = next(iter(readers)) if len(readers) == 1 else source
-    call = insert(module, "dropout", (shared,), edit, aside.mode, val=shared.meta.get("val"), **place)
+    shared = next(iter(readers)) if len(readers) == 1 and source.op != "get_attr" else source
+    if aside.mode is None:
+        call = edit.call(DETACH, shared, val=shared.meta.get("val"), **place)
+    else:
+        module = dropout_of(aside.node, aside.mode)
+        call = insert(module, "dropout", (shared,), edit, aside.mode, val=shared.meta.get("val"), **place)
     for read, users in readers.items():
         new = call
         if read is not shared:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass.graph.alias import written
 from qpass.graph.edit import Editor
+from qpass.graph.gradient import stopped
 from qpass.modes import Attention, BatchNorm, ByMode, Dropout, FoldedBias, FoldedWeight, FoldFactor
 from qpass.passes.frame import Pass
 from qpass.rewrite.match import set_arguments
@@ -40,7 +42,7 @@ class RemoveModes(Pass):
             gm.graph.erase_node(node)
         for name in dict.fromkeys(str(node.target) for node, _ in found):
             gm.delete_submodule(name)
-        return len(found)
+        return len(found) + drop_detach(gm)
 
     def _plain(self, node: fx.Node, module: ByMode, edit: Editor) -> Any:
         if isinstance(module, Dropout | FoldedWeight | FoldedBias):
@@ -60,6 +62,16 @@ class RemoveModes(Pass):
             plain = edit.call(aten.batch_norm.default, *node.args[:5], *flags, **place)
         plain.meta = {**node.meta, **plain.meta}
         return plain
+
+
+def drop_detach(gm: fx.GraphModule) -> int:
+    """``detach(x) -> x`` where nothing writes to x; the number dropped."""
+    kept = written(gm.graph)
+    dropped = [node for node in stopped(gm.graph) if node not in kept]
+    for node in dropped:
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        gm.graph.erase_node(node)
+    return len(dropped)
 
 
 def drop_bias(bias: fx.Node) -> None:

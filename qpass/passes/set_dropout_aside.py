@@ -1,4 +1,4 @@
-"""Take dropout out of a graph while it is decided what to quantize, and remember where it was."""
+"""Take dropout and ``detach`` out of a graph while it is decided what to quantize, and remember where they were."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from qpass.graph.alias import written
+from qpass.graph.gradient import stopped
 from qpass.modes import BY_MODE, DROPOUT, Mode
 from qpass.passes.frame import Pass
-from qpass.rewrite.match import normalized
 
 ASIDE = "qpass_aside"
 """``gm.meta`` key: the `Aside` of each dropout taken out, in the order in which they draw random numbers."""
@@ -16,13 +17,13 @@ ASIDE = "qpass_aside"
 
 @dataclass(frozen=True)
 class Aside:
-    """A dropout that was taken out: what it read, who read it, the node behind it, and its own node."""
+    """What was taken out: its own node, what it read, who read it, the node behind it, and the mode of a dropout."""
 
     node: fx.Node
     source: fx.Node
     users: tuple[fx.Node, ...]
     following: fx.Node
-    mode: Mode
+    mode: Mode | None
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,18 @@ class SetDropoutAside(Pass):
 
     So what is fused and quantized in training is what is fused and quantized later. `InsertModes` puts it back. A
     dropout stays where a reader of its result reads its source too, since the two could not be told apart again.
+    A ``detach`` is treated alike.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
         aside: list[Aside] = []
+        kept = written(gm.graph)
+        stops = {node for node in stopped(gm.graph) if node not in kept}
         for node in reversed(gm.graph.nodes):
             mode = node.meta.get(BY_MODE)
-            if mode is None or node.target not in DROPOUT:
+            if node not in stops and (mode is None or node.target not in DROPOUT):
                 continue
-            source: fx.Node = normalized(node)["input"]
+            source: fx.Node = node.all_input_nodes[0]
             users = tuple(node.users)
             if not users or any(source in user.all_input_nodes for user in users):
                 continue
