@@ -8,7 +8,7 @@ else in training (an auxiliary loss, another branch) has no single graph, and is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from qpass.graph.regions import regions
 from qpass.graph.same import pair_operators
 from qpass.graph.source import module_path, where
 from qpass.graph.text import target_name
-from qpass.modes import BY_MODE, DROPOUT, ByMode, Mode
+from qpass.modes import BY_MODE, DROPOUT, FLAGGED, ByMode, Mode
 from qpass.rewrite.match import normalized, set_arguments
 
 aten = torch.ops.aten
@@ -35,11 +35,15 @@ FLAGS: dict[Any, tuple[str, Any]] = {
     **dict.fromkeys(DROPOUT, ("train", False)),
     aten.scaled_dot_product_attention.default: ("dropout_p", 0.0),
     aten.batch_norm.default: ("training", False),
+    **{operator: (name, False) for operator, name in FLAGGED.items()},
 }
 """What an operator's argument for training is called, and its value in evaluation."""
 
-IN_PLACE = {getattr(aten, f"{name}_").default: operator for operator, name in DROPOUT.items()}
-"""Dropout in place, each with its plain form."""
+IN_PLACE = {
+    aten.rrelu_.default: aten.rrelu.default,
+    **{getattr(aten, f"{name}_").default: operator for operator, name in DROPOUT.items()},
+}
+"""What is random in place, each with its plain form."""
 
 
 def capture_training(
@@ -70,7 +74,7 @@ def capture_training(
     inputs = fresh_tensors(example_of(example_inputs, kwargs, model))
     with TRACING, modes_kept(model) as training:
         with own_backwards() as lost:
-            trains = trace_training(model, inputs)
+            trains, held = trace_training(model, inputs)
         if lost:
             warnings.warn(
                 f"qpass trains {', '.join(lost)} by the gradient of what its forward computes: a graph holds no "
@@ -81,7 +85,7 @@ def capture_training(
         model.eval()
         return capture(
             model, example_inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes,
-            amend=lambda gm: mark_modes(gm, trains, model, training), trains=True,
+            amend=lambda gm: mark_modes(gm, trains, model, training, held), trains=True,
         )  # fmt: skip
 
 
@@ -122,24 +126,30 @@ def modes_kept(model: nn.Module) -> Iterator[dict[str, bool]]:
     """Whether each module is in training mode, by path; put back at the end."""
     flags = {module: module.training for module in model.modules()}
     try:
-        yield {path: module.training for path, module in model.named_modules()}
+        yield {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
     finally:
         for module, flag in flags.items():
             module.training = flag
 
 
-def trace_training(model: nn.Module, inputs: tuple[Any, Any]) -> fx.GraphModule:
-    """The trace in training mode, with batch norms in evaluation mode: their modules say what training changes."""
+def trace_training(model: nn.Module, inputs: tuple[Any, Any]) -> tuple[fx.GraphModule, set[str]]:
+    """The trace in training mode, with batch norms in evaluation mode: their modules say what training changes.
+
+    Besides, the paths of the modules that the model's own ``train()`` leaves in evaluation mode.
+    """
     batch = next((x.shape[0] for x in tensors_of(inputs) if x.dim()), None)
     args, keywords = resize_batch(inputs, 1, 2) if batch == 1 else inputs
     model.train()
+    held = {path for path, module in model.named_modules(remove_duplicate=False) if not module.training}
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-    return export_model(model, args, keywords, None, gradients=True).module(check_guards=False)
+    return export_model(model, args, keywords, None, gradients=True).module(check_guards=False), held
 
 
-def mark_modes(gm: fx.GraphModule, trains: fx.GraphModule, model: nn.Module, training: Mapping[str, bool]) -> None:
+def mark_modes(
+    gm: fx.GraphModule, trains: fx.GraphModule, model: nn.Module, training: Mapping[str, bool], held: Set[str]
+) -> None:
     """Mark each operator of ``gm``, traced in evaluation, whose twin in ``trains`` has another flag."""
     ours, theirs = set_aside_flags(gm), set_aside_flags(trains)
     twins, difference = pair_operators(gm, trains)
@@ -150,7 +160,7 @@ def mark_modes(gm: fx.GraphModule, trains: fx.GraphModule, model: nn.Module, tra
             where=where(difference),
             hint="prepare the part that both modes share, and leave auxiliary branches to the training loop",
         )
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for node, flag in ours.items():
         set_flag(node, flag)
         path = module_path(node)
@@ -159,12 +169,18 @@ def mark_modes(gm: fx.GraphModule, trains: fx.GraphModule, model: nn.Module, tra
         other = theirs.get(twins.get(node, node), flag)
         name = FLAGS[node.target][0]
         if isinstance(owner, _BatchNorm) and owner.track_running_stats and not flag:
-            tracked = f"{path}.num_batches_tracked" if path else "num_batches_tracked"
+            mean = normalized(node)["running_mean"]  # of a module with two names the graph knows one
+            holder = str(mean.target).rpartition(".")[0] if mean.op == "get_attr" else path
+            tracked = f"{holder}.num_batches_tracked".removeprefix(".")
             count = owner.num_batches_tracked
             tracked = "" if count is None else tracked
-            node.meta[BY_MODE] = Mode(trains_now, momentum=owner.momentum, tracked=tracked, count=count)
+            node.meta[BY_MODE] = Mode(
+                trains_now, momentum=owner.momentum, tracked=tracked, count=count, held=path in held, kind=type(owner)
+            )
         elif other == flag:
             continue
+        elif node.target in FLAGGED:
+            node.meta[BY_MODE] = Mode(trains_now)
         elif name == "training":
             node.meta[BY_MODE] = Mode(trains_now, momentum=normalized(twins[node])["momentum"])
         elif name == "dropout_p":

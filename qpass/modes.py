@@ -33,6 +33,16 @@ DROPOUT: dict[Any, str] = {
 }
 """The operators that drop elements or channels at random, each with its name."""
 
+FLAGGED: dict[Any, str] = {
+    aten.rrelu.default: "training",
+    **{
+        getattr(getattr(aten, name), form): "train"
+        for name in ("gru", "lstm", "rnn_tanh", "rnn_relu")
+        for form in ("input", "data")
+    },
+}
+"""Operators that stay where they are in either mode, each with the name of its flag for training."""
+
 BY_MODE = "qpass_by_mode"
 """``meta`` key on an operator of a captured graph that computes something else in training: its `Mode`."""
 
@@ -47,6 +57,8 @@ class Mode:
         momentum: of a batch norm; None for the average over all batches.
         tracked: the dotted name of a batch norm's ``num_batches_tracked``, "" where it has none.
         count: that tensor, which no operator of evaluation reads.
+        held: the model's own ``train()`` leaves the module in evaluation mode.
+        kind: the class of the model's batch norm module, None for a functional call.
     """
 
     training: bool
@@ -54,10 +66,18 @@ class Mode:
     momentum: float | None = None
     tracked: str = ""
     count: Tensor | None = field(default=None, compare=False, repr=False)
+    held: bool = False
+    kind: type | None = field(default=None, compare=False, repr=False)
 
 
 class ByMode(nn.Module):
-    """Base of the modules of this file; `training` decides what they compute."""
+    """Base of the modules of this file; `training` decides what they compute.
+
+    Attributes:
+        held: ``train()`` of the whole graph module leaves it in evaluation mode, as that of the model does.
+    """
+
+    held = False
 
 
 class Dropout(ByMode):
@@ -105,6 +125,30 @@ class Attention(ByMode):
         return f"dropout_p={self.dropout_p}"
 
 
+class Flagged(ByMode):
+    """An operator of `FLAGGED`, called with all its arguments but the flag, which is that of this module.
+
+    Args:
+        operator: ``aten.gru.input``, say; a recurrent layer drops between its layers in training.
+    """
+
+    def __init__(self, operator: torch._ops.OpOverload) -> None:
+        super().__init__()
+        self.operator = operator
+        names = [argument.name for argument in operator._schema.arguments]
+        self.place = names.index(FLAGGED[operator])
+
+    def with_flag(self, arguments: tuple[Any, ...], training: bool) -> tuple[Any, ...]:
+        """All arguments of the operator."""
+        return (*arguments[: self.place], training, *arguments[self.place :])
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.operator(*self.with_flag(arguments, self.training))
+
+    def extra_repr(self) -> str:
+        return str(self.operator)
+
+
 class Statistics(ByMode):
     """What depends on the statistics of a batch norm; once they are frozen, training computes as evaluation does."""
 
@@ -117,6 +161,8 @@ class Statistics(ByMode):
     def update_batch_norm_stats(self) -> None:
         """Undo `freeze_batch_norm_stats`."""
         self.frozen = False
+
+    freeze_bn_stats, update_bn_stats = freeze_batch_norm_stats, update_batch_norm_stats  # torch's names
 
     @property
     def uses_batch(self) -> bool:
@@ -133,7 +179,7 @@ class BatchNorm(Statistics):
     """
 
     def __init__(self, eps: float, momentum: float | None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # torch's own, which may follow, would make parameters
         self.eps, self.momentum = eps, momentum
 
     def forward(
@@ -144,10 +190,25 @@ class BatchNorm(Statistics):
         running_mean: Tensor,
         running_var: Tensor,
         num_batches_tracked: Tensor | None = None,
+        factor: Tensor | None = None,
+        enabled: Tensor | None = None,
     ) -> Tensor:
-        """x ``[N, C, ...]``; the parameters and statistics ``[C]``."""
-        if not self.uses_batch:
-            return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, self.eps)
+        """x ``[N, C, ...]``; the parameters, statistics and factor ``[C]``; enabled ``[1]``.
+
+        With a factor it stands behind a convolution that `FoldedWeight` and `FoldedBias` have scaled by it; ``enabled``
+        is the ``fake_quant_enabled`` of the weight: where it is 0 nothing was scaled.
+        """
+        affine, statistics = (weight, bias), (running_mean, running_var)
+        if self.uses_batch:
+            unscaled = x if factor is None else (x / factor.reshape(1, -1, *[1] * (x.dim() - 2))).to(x.dtype)
+            return self._by_batch(unscaled, *affine, *statistics, num_batches_tracked)
+        y = F.batch_norm(x, *statistics, *affine, False, 0.0, self.eps)
+        return y if enabled is None else torch.where(enabled.bool(), x, y)
+
+    def _by_batch(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor,
+        num_batches_tracked: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         if self.momentum is not None:
@@ -164,16 +225,41 @@ class BatchNorm(Statistics):
         return f"eps={self.eps}, momentum={self.momentum}"
 
 
-class FoldFactor(Statistics):
+class BatchNorm1d(BatchNorm, nn.BatchNorm1d):  # type: ignore[misc]  # a graph calls it, with its own tensors
+    """In the place of the model's own: found by whoever looks for batch norms, with its parameters and statistics."""
+
+
+class BatchNorm2d(BatchNorm, nn.BatchNorm2d):  # type: ignore[misc]  # a graph calls it, with its own tensors
+    """As `BatchNorm1d`."""
+
+
+class BatchNorm3d(BatchNorm, nn.BatchNorm3d):  # type: ignore[misc]  # a graph calls it, with its own tensors
+    """As `BatchNorm1d`."""
+
+
+class Following(ByMode):
+    """What depends on the statistics that a batch norm uses; it does as the batch norm does, whatever its own mode."""
+
+    def __init__(self, norm: BatchNorm) -> None:
+        super().__init__()
+        self._norm = (norm,)  # known, not owned
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether the batch's own statistics normalise it."""
+        return self._norm[0].uses_batch
+
+
+class FoldFactor(Following):
     """``weight / sqrt(running_var + eps)``, by the operations of `FoldBatchNorm`; 1 where nothing is folded.
 
     Where a forward pass is computed again during the backward pass, as activation checkpointing does it, the factor is
     that of the first time, although the batch norm has moved its statistics since.
     """
 
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
+    def __init__(self, norm: BatchNorm) -> None:
+        super().__init__(norm)
+        self.eps = norm.eps
         self._first_var: Tensor | None = None
 
     def forward(self, weight: Tensor | None, running_var: Tensor, enabled: Tensor) -> Tensor:
@@ -197,7 +283,7 @@ class FoldedWeight(ByMode):
         return w * factor.reshape(-1, *[1] * (w.dim() - 1))
 
 
-class FoldedBias(Statistics):
+class FoldedBias(Following):
     """``b * factor`` where the batch norm follows, ``(b - mean) * factor + bias`` where it is folded in."""
 
     def forward(
@@ -209,31 +295,6 @@ class FoldedBias(Statistics):
             return plain * factor
         shift = (-running_mean if b is None else b - running_mean) * factor
         return torch.where(enabled.bool(), shift if bias is None else shift + bias, plain)
-
-
-class FoldedBatchNorm(BatchNorm):
-    """The batch norm behind a convolution that `FoldedWeight` and `FoldedBias` have scaled.
-
-    ``enabled`` is the ``fake_quant_enabled`` of the weight: where it is 0 nothing was scaled.
-    """
-
-    def forward(  # type: ignore[override]  # a graph calls it, with two values more than its base reads
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor,
-        running_var: Tensor,
-        num_batches_tracked: Tensor | None,
-        factor: Tensor,
-        enabled: Tensor,
-    ) -> Tensor:
-        """x ``[N, C, ...]``; the parameters, statistics and factor ``[C]``; enabled ``[1]``."""
-        arguments = weight, bias, running_mean, running_var, num_batches_tracked
-        if not self.uses_batch:
-            return torch.where(enabled.bool(), x, super().forward(x, *arguments))
-        unscaled = (x / factor.reshape(1, -1, *[1] * (x.dim() - 2))).to(x.dtype)
-        return super().forward(unscaled, *arguments)
 
 
 def in_backward() -> bool:

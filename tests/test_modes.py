@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qpass.modes import Attention, BatchNorm, Dropout, FoldedBatchNorm, FoldedBias, FoldedWeight, FoldFactor
+from qpass.modes import Attention, BatchNorm, Dropout, FoldedBias, FoldedWeight, FoldFactor
 
 ON, OFF = torch.ones(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
 
@@ -83,8 +83,8 @@ class Folded(nn.Module):
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, enabled: Tensor) -> None:
         super().__init__()
         self.conv, self.norm, self.enabled = conv, norm, enabled
-        self.factor, self.weight, self.bias = FoldFactor(norm.eps), FoldedWeight(), FoldedBias()
-        self.batch_norm = FoldedBatchNorm(norm.eps, norm.momentum)
+        self.batch_norm = BatchNorm(norm.eps, norm.momentum)
+        self.factor, self.weight, self.bias = FoldFactor(self.batch_norm), FoldedWeight(), FoldedBias(self.batch_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         gamma, beta, mean, var, count = parts(self.norm)

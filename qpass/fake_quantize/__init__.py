@@ -27,8 +27,10 @@ from qpass.fake_quantize.presets import (
 )
 from qpass.fake_quantize.schedule import (
     freeze_batch_norm_stats,
+    freeze_bn_stats,
     freeze_observers,
     update_batch_norm_stats,
+    update_bn_stats,
     update_observers,
 )
 from qpass.fake_quantize.switches import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
@@ -59,10 +61,12 @@ __all__ = [
     "enable_fake_quant",
     "enable_observer",
     "freeze_batch_norm_stats",
+    "freeze_bn_stats",
     "freeze_observers",
     "fused_per_channel_wt_fake_quant_range_neg_127_to_127",
     "fused_wt_fake_quant_range_neg_127_to_127",
     "synchronize",
     "update_batch_norm_stats",
+    "update_bn_stats",
     "update_observers",
 ]

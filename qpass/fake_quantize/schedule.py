@@ -36,6 +36,9 @@ def update_batch_norm_stats(module: nn.Module) -> None:
     _tell_batch_norms(module, "update_batch_norm_stats", training=True)
 
 
+freeze_bn_stats, update_bn_stats = freeze_batch_norm_stats, update_batch_norm_stats  # torch's names
+
+
 def _tell_batch_norms(module: nn.Module, method: str, training: bool) -> None:
     for part in module.modules():
         if callable(getattr(part, method, None)):

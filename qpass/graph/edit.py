@@ -196,6 +196,24 @@ def owner_of(gm: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     return gm.get_submodule(path), leaf
 
 
+def take_over(module: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Let ``module`` hold the parameters, buffers and sub-modules of ``other``."""
+    module._parameters.update(other._parameters)
+    module._buffers.update(other._buffers)
+    module._modules.update(other._modules)
+    module._non_persistent_buffers_set |= other._non_persistent_buffers_set
+
+
+def holder(module: torch.nn.Module) -> torch.nn.Module:
+    """A module that computes nothing and holds what ``module`` holds; holders inside it are new ones, too."""
+    result = torch.nn.Module()
+    take_over(result, module)
+    for name, child in result._modules.items():
+        if type(child) is torch.nn.Module:
+            result._modules[name] = holder(child)
+    return result
+
+
 def replace_submodule(gm: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
     """Put ``module`` in the place of the sub-module at a dotted name."""
     owner, leaf = owner_of(gm, name)

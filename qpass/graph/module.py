@@ -8,10 +8,11 @@ import weakref
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from qpass.errors import InputError, QpassError
 from qpass.graph.misfit import misfit
+from qpass.modes import ByMode
 
 
 class GraphModule(fx.GraphModule):
@@ -20,6 +21,22 @@ class GraphModule(fx.GraphModule):
     Some kilobytes each, several for each model that is prepared and converted: a process that quantizes models all
     day would grow by them for ever. It is not pickled: torch.fx would trace the graph again, without its ``meta``.
     """
+
+    def __init__(self, root: Any, graph: fx.Graph, class_name: str = "GraphModule") -> None:
+        super().__init__(root, graph, class_name)
+        if isinstance(root, nn.Module):
+            keep_order(self, root)
+
+    def _deepcopy_init(self) -> Any:
+        return GraphModule.__init__
+
+    def train(self, mode: bool = True) -> Any:
+        """As ``nn.Module.train``; what the model's own ``train()`` leaves in evaluation mode stays there."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, ByMode) and module.held:
+                module.eval()
+        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``forward``; InputError where it fails on inputs that the graph does not hold for."""
@@ -77,6 +94,15 @@ class Draft(GraphModule):
 
     def recompile(self) -> Any:
         """Nothing: the code would be that of a graph that is about to change."""
+
+
+def keep_order(module: nn.Module, like: nn.Module) -> None:
+    """Order the sub-modules of a graph module, which come as its graph reads them, as they are in ``like``."""
+    rank = {name: place for place, name in enumerate(like._modules)}
+    module._modules = dict(sorted(module._modules.items(), key=lambda item: rank.get(item[0], len(rank))))
+    for name, child in module._modules.items():
+        if type(child) is nn.Module and isinstance(other := like._modules.get(name), nn.Module):
+            keep_order(child, other)
 
 
 def _forget(file: str) -> None:

@@ -58,7 +58,7 @@ def operations(region: fx.GraphModule, stage: Stage) -> Iterator[Row]:
             if _computes_floats(node) and node not in constants and not _is_inserted(node):
                 place = {"module": module_path(node), "line": source_line(node), "node": node.name}
                 yield Row(target_name(node), outcome="unaccounted", reason=LOST, missed=True, **place)
-        elif record.outcome != "float" or _computes_floats(node):
+        elif record.outcome != "float" or _computes_floats(node) or node.op == "call_module":
             yield _row(node, record, stage)
 
 

@@ -7,19 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from qpass.fake_quantize import FakeQuantizeBase
-from qpass.graph.edit import Editor, free_name, get_constant, set_constant
+from qpass.graph.edit import Editor, free_name, get_constant, replace_submodule, set_constant, take_over
 from qpass.graph.gradient import DETACH
 from qpass.modes import (
     BY_MODE,
     DROPOUT,
+    FLAGGED,
     Attention,
     BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
     ByMode,
     Dropout,
-    FoldedBatchNorm,
+    Flagged,
     FoldedBias,
     FoldedWeight,
     FoldFactor,
@@ -33,6 +37,9 @@ from qpass.rewrite.match import normalized, set_arguments
 
 aten = torch.ops.aten
 
+OWN = ((nn.BatchNorm1d, BatchNorm1d), (nn.BatchNorm3d, BatchNorm3d), (nn.modules.batchnorm._BatchNorm, BatchNorm2d))
+"""Which class stands for a batch norm of the model; for what is none of torch's three, a `BatchNorm2d`."""
+
 
 @dataclass(frozen=True)
 class InsertModes(Pass):
@@ -42,10 +49,10 @@ class InsertModes(Pass):
         ->  f = fold_factor_0(gamma, var, enabled)
             w1 = folded_weight_0(w, f)
             b1 = folded_bias_0(b, f, beta, mean, enabled)
-            batch_norm_0(conv(x, fq(w1), b1), gamma, beta, mean, var, count, f, enabled)
+            norm(conv(x, fq(w1), b1), gamma, beta, mean, var, count, f, enabled)
 
-    where ``enabled`` is the ``fake_quant_enabled`` of ``fq``. A batch norm that is not folded becomes ``batch_norm_0``
-    alone. `RemoveModes` is the inverse.
+    where ``enabled`` is the ``fake_quant_enabled`` of ``fq``, and ``norm`` stands where the model's stood. One
+    that is not folded becomes ``norm`` alone, and a functional one ``batch_norm_0``. `RemoveModes` is the inverse.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -65,6 +72,11 @@ class InsertModes(Pass):
                 given = normalized(node)
                 del given["dropout_p"]
                 replace(node, Attention(mode.p), "attention", tuple(given.values()), edit, mode)
+            elif node.target in FLAGGED:
+                given = normalized(node)
+                del given[FLAGGED[node.target]]
+                name = node.target._schema.name.rpartition("::")[2]
+                replace(node, Flagged(node.target), name, tuple(given.values()), edit, mode)
             else:
                 self._batch_norm(node, mode, shared, edit)
         return len(aside) + len(marked)
@@ -77,22 +89,22 @@ class InsertModes(Pass):
         conv = given["input"]
         observed = normalized(conv)["weight"] if FOLD in bn.meta else None
         if observed is None or not is_fake_quantize(edit.gm, observed):
-            module = BatchNorm(given["eps"], mode.momentum)
-            replace(bn, module, "batch_norm", (conv, *affine, *statistics, count), edit, mode)
+            call(bn, norm_of(bn, mode, edit), (conv, *affine, *statistics, count), edit)
             return
         own = own_observer(observed, conv, shared, edit)
         name = f"{own.target}.fake_quant_enabled"
         enabled = edit.attribute(name, like=conv, before=own, value=get_constant(edit.gm, name))
         place: dict[str, Any] = {"like": conv, "before": own, "val": statistics[1].meta.get("val")}
         read: tuple[Any, ...] = (affine[0], statistics[1], enabled)
-        factor = insert(FoldFactor(given["eps"]), "fold_factor", read, edit, mode, **place)
+        norm = norm_of(bn, mode, edit)
+        module: Any = edit.gm.get_submodule(norm)
+        factor = insert(FoldFactor(module), "fold_factor", read, edit, mode, **place)
         read = (normalized(conv)["bias"], factor, affine[1], statistics[0], enabled)
-        bias = insert(FoldedBias(), "folded_bias", read, edit, mode, **place)
+        bias = insert(FoldedBias(module), "folded_bias", read, edit, mode, **place)
         place["val"] = own.meta.get("val")
         own.args = (insert(FoldedWeight(), "folded_weight", (own.args[0], factor), edit, mode, **place),)
         set_arguments(conv, weight=own, bias=bias)
-        module = FoldedBatchNorm(given["eps"], mode.momentum)
-        replace(bn, module, "batch_norm", (conv, *affine, *statistics, count, factor, enabled), edit, mode)
+        call(bn, norm, (conv, *affine, *statistics, count, factor, enabled), edit)
 
 
 def put_back(aside: Aside, source: fx.Node, edit: Editor) -> fx.Node:
@@ -155,15 +167,52 @@ def count_of(bn: fx.Node, mode: Mode, edit: Editor) -> fx.Node | None:
 
 
 def insert(module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, mode: Mode, **place: Any) -> fx.Node:
-    """Insert the call of a new sub-module, which is in the mode that the model's own is in."""
+    """Insert the call of a new sub-module."""
+    return edit.module(add(module, name, edit, mode), *arguments, **place)
+
+
+def add(module: ByMode, name: str, edit: Editor, mode: Mode) -> str:
+    """Add a sub-module, which is in the mode that the model's own is in; its name."""
     name = edit.numbered(name)
     edit.gm.add_module(name, module.train(mode.training))
-    return edit.module(name, *arguments, **place)
+    module.held = mode.held
+    return name
+
+
+def norm_of(bn: fx.Node, mode: Mode, edit: Editor) -> str:
+    """The name of the sub-module that does what a batch norm does: that of the model's own, where there is one.
+
+    It takes the parameters and statistics over, so their names stay.
+    """
+    given = normalized(bn)
+    mean = given["running_mean"]
+    path = str(mean.target).rpartition(".")[0] if mean.op == "get_attr" else ""
+    there = edit.gm.get_submodule(path)
+    if path and isinstance(there, BatchNorm):
+        return path
+    kind = next((own for theirs, own in OWN if mode.kind is not None and issubclass(mode.kind, theirs)), None)
+    if not path or kind is None or type(there) is not nn.Module:
+        return add(BatchNorm(given["eps"], mode.momentum), "batch_norm", edit, mode)
+    module = kind(given["eps"], mode.momentum)
+    take_over(module, there)
+    for name in ("weight", "bias"):
+        module._parameters.setdefault(name, None)
+    module._buffers.setdefault("num_batches_tracked", None)
+    module.num_features, module.affine = mean.meta["val"].shape[0], module.weight is not None
+    module.track_running_stats = True
+    replace_submodule(edit.gm, path, module.train(mode.training))
+    module.held = mode.held
+    return path
+
+
+def call(bn: fx.Node, name: str, arguments: tuple[Any, ...], edit: Editor) -> None:
+    """Put the call of a sub-module in the place of an operator; decisions about the operator stay with it."""
+    new = edit.module(name, *arguments, like=bn, before=bn)
+    new.meta = {**bn.meta, **new.meta}
+    bn.replace_all_uses_with(new)
+    edit.graph.erase_node(bn)
 
 
 def replace(node: fx.Node, module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, mode: Mode) -> None:
-    """Put the call of a new sub-module in the place of an operator; decisions about the operator stay with it."""
-    call = insert(module, name, arguments, edit, mode, like=node, before=node)
-    call.meta = {**node.meta, **call.meta}
-    node.replace_all_uses_with(call)
-    edit.graph.erase_node(node)
+    """Put the call of a new sub-module in the place of an operator."""
+    call(node, add(module, name, edit, mode), arguments, edit)

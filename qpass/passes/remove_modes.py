@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from qpass.graph.alias import written
-from qpass.graph.edit import Editor
+from qpass.graph.edit import Editor, holder, replace_submodule
 from qpass.graph.gradient import stopped
-from qpass.modes import Attention, BatchNorm, ByMode, Dropout, FoldedBias, FoldedWeight, FoldFactor
+from qpass.modes import Attention, BatchNorm, ByMode, Dropout, Flagged, FoldedBias, FoldedWeight, FoldFactor
 from qpass.passes.frame import Pass
 from qpass.rewrite.match import set_arguments
 
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class RemoveModes(Pass):
-    """``dropout_0(x)  ->  x``, ``batch_norm_0(x, ...)  ->  batch_norm(x, ..., training=False)``
+    """``dropout_0(x)  ->  x``, ``norm(x, ...)  ->  batch_norm(x, ..., training=False)``
 
     A folded batch norm becomes a plain one behind a convolution of the unscaled weight, marked to be folded by
     `FoldBatchNorm` like any other; the fake-quantize of the weight keeps the scale that training gave it.
@@ -41,7 +41,11 @@ class RemoveModes(Pass):
         for node, _ in reversed(found):  # readers first
             gm.graph.erase_node(node)
         for name in dict.fromkeys(str(node.target) for node, _ in found):
-            gm.delete_submodule(name)
+            module = gm.get_submodule(name)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                replace_submodule(gm, name, holder(module))
+            else:
+                gm.delete_submodule(name)
         return len(found) + drop_detach(gm)
 
     def _plain(self, node: fx.Node, module: ByMode, edit: Editor) -> Any:
@@ -56,6 +60,8 @@ class RemoveModes(Pass):
                 aten.scaled_dot_product_attention.default, query, key, value, mask, 0.0, is_causal,
                 scale=rest[0], enable_gqa=rest[1], **place,
             )  # fmt: skip
+        elif isinstance(module, Flagged):
+            plain = edit.call(module.operator, *module.with_flag(node.args, False), **place)
         else:
             assert isinstance(module, BatchNorm)
             flags = (False, module.momentum or 0.0, module.eps, False)  # as export writes it: without cuDNN

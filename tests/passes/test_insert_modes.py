@@ -53,9 +53,9 @@ folded_bias_0 = folded_bias_0(None, fold_factor_0, 1.bias, 1.running_mean, obser
 folded_weight_0 = folded_weight_0(0.weight, fold_factor_0)
 observer_1 = observer_1(folded_weight_0)
 conv2d = conv2d(observer_0, observer_1, folded_bias_0, [1, 1], [0, 0], [1, 1], 1)
-batch_norm_0 = batch_norm_0(conv2d, 1.weight, 1.bias, 1.running_mean, 1.running_var, 1.num_batches_tracked, \
+_1 = 1(conv2d, 1.weight, 1.bias, 1.running_mean, 1.running_var, 1.num_batches_tracked, \
 fold_factor_0, observer_1.fake_quant_enabled)
-relu = relu(batch_norm_0)
+relu = relu(_1)
 return [relu]"""
     assert run_once(RemoveModes(), gm, x) == 4
     assert operators(gm) == """\
@@ -142,7 +142,7 @@ def test_without_fake_quantize_a_norm_is_trained_as_it_is() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train(), torch.randn(2, 3, 6, 6)
     gm = with_observers(model, x, STATIC)
     run_once(InsertModes(), gm, x)
-    assert operators(gm).splitlines()[-2].startswith("batch_norm_0 = batch_norm_0(conv2d, 1.weight, 1.bias,")
+    assert operators(gm).splitlines()[-2].startswith("_1 = 1(conv2d, 1.weight, 1.bias,")
     assert "folded" not in operators(gm)
 
 
