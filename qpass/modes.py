@@ -145,9 +145,6 @@ class Flagged(ByMode):
     def forward(self, *arguments: Any) -> Any:
         return self.operator(*self.with_flag(arguments, self.training))
 
-    def extra_repr(self) -> str:
-        return str(self.operator)
-
 
 class Statistics(ByMode):
     """What depends on the statistics of a batch norm; once they are frozen, training computes as evaluation does."""

@@ -217,10 +217,8 @@ def _drop_noops(graph: fx.Graph, in_region: bool, with_gradient: Set[fx.Node]) -
         if kind is None or (in_region and output in node.users):
             continue
         source: fx.Node = node.args[0]
-        if node.target is DETACH and source in with_gradient:
-            continue
         memory = memory or Memory(graph)
-        if kind == "view" and memory.is_written(node):
+        if kind == "view" and (memory.is_written(node) or (node.target is DETACH and source in with_gradient)):
             continue
         if kind == "copy" and (memory.is_written(node) or memory.is_written(source) or memory.is_returned(node)):
             continue
