@@ -31,11 +31,15 @@ class HistogramObserver(RangeObserver):
     an old bin lies inside one new bin, and its count moves there whole: the histogram of two batches is that of their
     union, whatever their order.
 
+    Absurd values (see `outliers.ABSURD`) are left out, counts and range, and the report names the worst. All are kept
+    under a trace, or where several processes count together.
+
     Attributes:
         histogram: int64 ``[bins]``, counts of the finite values seen.
     """
 
     histogram: Tensor
+    leaves_outliers_out = True
 
     def __init__(
         self,
@@ -60,6 +64,11 @@ class HistogramObserver(RangeObserver):
 
     def observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low, high, left_out = self.agreed_extrema(x)
+        if is_eager(x) and self.process_group is None:
+            limit = self.outliers.limit(x, float(low), float(high))
+            if limit < torch.inf:
+                x = x[~(x.abs() > limit) | x.isinf()]
+                low, high, left_out = self.agreed_extrema(x)
         new_min, new_max = self.combine(low, high)
         unchanged = is_eager(x) and bool((new_min == self.min_val) & (new_max == self.max_val))
         if not unchanged:

@@ -13,6 +13,7 @@ from qpass.numerics import EPS, choose_qparams
 from qpass.observer.base import is_eager
 from qpass.observer.extrema import extrema
 from qpass.observer.keywords import spec_from_keywords
+from qpass.observer.outliers import OutlierWatch
 from qpass.observer.over_ranks import extrema_over_ranks
 from qpass.observer.statistics import StatisticsObserver
 from qpass.spec import PerChannel, PerGroup, PerTensor, QuantizationSpec
@@ -22,7 +23,12 @@ class RangeObserver(StatisticsObserver):
     """Keeps a minimum and a maximum for each scale: float32 buffers `min_val` and `max_val`, +inf and -inf before data.
 
     Both are scalars per tensor; otherwise they take their shape from the first tensor, and are empty before it.
+
+    Attributes:
+        outliers: the absurd values seen per tensor, which the report names; they are part of the range.
     """
+
+    leaves_outliers_out = False
 
     min_val: Tensor
     max_val: Tensor
@@ -33,12 +39,15 @@ class RangeObserver(StatisticsObserver):
         shape = () if isinstance(spec.granularity, PerTensor) else (0,)
         self.register_buffer("min_val", torch.full(shape, torch.inf))
         self.register_buffer("max_val", torch.full(shape, -torch.inf))
+        self.outliers = OutlierWatch()
         if factory_kwargs and factory_kwargs.get("device") is not None:
             self.to(factory_kwargs["device"])
 
     def observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self.take_shape(x)
         low, high, left_out = self.agreed_extrema(x)
+        if low.dim() == 0 and is_eager(x):
+            self.outliers.limit(x, float(low), float(high))
         new_min, new_max = self.combine(low, high)
         self.min_val.copy_(new_min)
         self.max_val.copy_(new_max)
@@ -74,6 +83,7 @@ class RangeObserver(StatisticsObserver):
 
     def reset(self) -> None:
         super().reset()
+        self.outliers = OutlierWatch()
         self.min_val.fill_(torch.inf)
         self.max_val.fill_(-torch.inf)
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from qpass.blocks import BLOCK
 from qpass.errors import CalibrationError
+from qpass.fake_quantize import FakeQuantizeBase
 from qpass.graph.constants import Constants, expression
 from qpass.graph.edit import Editor
 from qpass.graph.fake import fake_call
@@ -18,6 +19,7 @@ from qpass.graph.origins import Derived
 from qpass.graph.record import graph_record
 from qpass.graph.source import where
 from qpass.numerics import quantize_weight
+from qpass.observer.min_max import RangeObserver
 from qpass.ops import graph_ops as ops
 from qpass.ops.decompositions import table
 from qpass.passes.assign_compute_dtype import COMPUTE_DTYPE
@@ -78,6 +80,7 @@ class LowerObservers(Pass):
     def _static(self, node: fx.Node, observer: Any, edit: Editor) -> fx.Node:
         scale, zero_point = observer.calculate_qparams()
         spec: QuantizationSpec = observer.spec
+        self._note_data(node, observer, edit)
         largest = max(abs(float(getattr(observer, end, 0.0))) for end in ("min_val", "max_val"))
         if float(scale) <= spec.smallest_scale and largest > 0:
             record = graph_record(edit.gm)
@@ -91,6 +94,17 @@ class LowerObservers(Pass):
         val = fake_call(x, call=torch.empty_like, dtype=spec.dtype)
         codes = edit.call(ops.quantize_per_tensor.default, x, *qparams, val=val, **place)
         return edit.call(ops.dequantize_per_tensor.default, codes, *qparams, val=float_val(x), **place)
+
+    def _note_data(self, node: fx.Node, observer: Any, edit: Editor) -> None:
+        """Note where calibration data look wrong: absurd values, and one value alone."""
+        watched = observer.activation_post_process if isinstance(observer, FakeQuantizeBase) else observer
+        if not isinstance(watched, RangeObserver):
+            return
+        found = [watched.outliers.note(watched.leaves_outliers_out)]
+        if watched.has_data and bool((watched.min_val == watched.max_val).all()):
+            found.append(f"calibration saw the one value {float(watched.min_val.flatten()[0]):.3g} alone")
+        record = graph_record(edit.gm)
+        record.notes = [*record.notes, *(f"{where(next(iter(node.users)))}: {text}" for text in found if text)]
 
     def _dynamic(self, node: fx.Node, spec: QuantizationSpec, edit: Editor) -> fx.Node:
         x, place = node.args[0], {"like": node, "before": node}

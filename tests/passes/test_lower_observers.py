@@ -148,12 +148,13 @@ def test_an_observer_that_saw_nothing_is_an_error_with_its_place() -> None:
 def test_values_too_small_for_the_smallest_scale_are_noted() -> None:
     model = Do(lambda m, x: m.a(x), a=nn.Linear(4, 4)).eval()
     notes = {}
-    for size in (0.0, 1e-9, 1.0):
-        gm = qpass.prepare(model, (size * torch.ones(3, 4),), config=STATIC)
-        gm(size * torch.ones(3, 4))
+    for size in (1e-9, 1.0):
+        x = torch.linspace(-size, size, 12).reshape(3, 4)
+        gm = qpass.prepare(model, (x,), config=STATIC)
+        gm(x)
         qpass.convert(gm)
         notes[size] = qpass.report(qpass.convert(gm)).notes
-    assert notes[0.0] == notes[1.0] == ()
+    assert notes[1.0] == ()
     (note,) = notes[1e-9]
     assert note.startswith("a (linear), ")
     assert note.endswith(
