@@ -19,6 +19,7 @@ from qpass.comm.cost import Link, decide
 from qpass.comm.ledger import DECLINED_BY_LINK, SPARSE, WARM_UP, Declined, Entry, Ledger
 from qpass.comm.owned_rows import OwnedRows
 from qpass.comm.python_bucket import PythonReducer
+from qpass.comm.schedule import two_shot_bytes
 from qpass.comm.statistics import Statistics, plain_bytes, sent_bytes
 from qpass.comm.work import Work
 from qpass.errors import AgreementError, ConfigError
@@ -189,7 +190,8 @@ class DDPHook:
             shots = "one_shot" if world == 2 else "two_shot"  # never by size, which depends on the buckets
             op = dist.ReduceOp.AVG
             work = collectives.all_reduce(values, op, group, self.codec, async_op=True, schedule=shots)
-            return self.codec.payload_bytes(values.numel()), work
+            payload = self.codec.payload_bytes(values.numel())
+            return payload if world == 2 else two_shot_bytes(values.numel(), self.codec, world), work
         sent = world * self.codec.payload_bytes(layout.owned.residual.numel())
         return sent, layout.owned.average(values, group)
 

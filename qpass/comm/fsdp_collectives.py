@@ -20,6 +20,7 @@ from qpass.comm.cost import Link, decide
 from qpass.comm.fsdp_unit import Lies, Unit
 from qpass.comm.ledger import DECLINED_BY_LINK, Declined, Ledger
 from qpass.comm.padded import Padded, padded
+from qpass.comm.schedule import two_shot_bytes
 from qpass.comm.statistics import Statistics, sent_bytes
 from qpass.ops.comm import FLOATS
 
@@ -45,10 +46,10 @@ class Sender:
         layout = None
         if why is None:
             layout = padded(lies.sizes, self.codec.row)
-            rows = self.codec.rows(layout.numel)
+            payload = self.codec.payload_bytes(layout.numel)
             if collective == "all_reduce" and world > 2:
-                rows = world * -(-rows // world)  # every rank sums as many
-            sent = sent_bytes(collective, parts * rows * self.codec.width, world, 1)
+                payload = two_shot_bytes(layout.numel, self.codec, world)
+            sent = sent_bytes(collective, parts * payload, world, 1)
             self.ledger.add(self.unit.place, collective, sent, plain, str(self.codec))
         else:
             sent = plain

@@ -43,6 +43,11 @@ def shots(numel: int | torch.SymInt, codec: Codec, world: int) -> str:
     return "one_shot" if world == 2 or codec.payload_bytes(numel) <= ONE_SHOT_BYTES else "two_shot"
 
 
+def two_shot_bytes(numel: int, codec: Codec, world: int) -> int:
+    """Bytes of the payloads of a two-shot all_reduce: all ranks sum equally many rows of a piece, some of them empty."""
+    return sum(world * -(-codec.rows(len(part)) // world) * codec.width for part in chunks(numel, codec))
+
+
 def all_reduce_one_shot(x: Tensor, codec: Codec, divisor: int, seed: int, group: dist.ProcessGroup) -> None:
     """Every rank sums all payloads."""
     for part, payloads in _gathered(x, codec, seed, group):

@@ -97,11 +97,12 @@ def test_an_overflow_on_one_rank_is_seen_by_all(measured: Figures, name: str) ->
 def test_statistics(measured: Figures) -> None:
     sizes = [37 * 200, 200, 200 * 131, 131, 131 * 10, 10]
     sent = sum(-(-size // 128) for size in sizes) * 130  # every parameter in rows of 128 codes and a scale
+    added = 3 * 130 * len(sizes)  # in each bucket the 4 ranks sum equally many rows, at most 3 of them empty
     for rank in measured:
         counts = rank["counts"]
         assert counts["steps"] == 3
         assert counts["plain bytes"] == pytest.approx(3 * 1.5 * 4 * sum(sizes), abs=6)  # rounded once a bucket
-        assert counts["ratio"] == pytest.approx(4 * sum(sizes) / sent, rel=1e-3)
+        assert 4 * sum(sizes) / (sent + added) < counts["ratio"] <= 4 * sum(sizes) / sent
         assert 0.004 < counts["error norm"] < 0.012  # int8 of Gaussian values is off by 0.7 %
 
 
