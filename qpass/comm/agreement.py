@@ -130,6 +130,8 @@ def _exchange(group: Group, header: Header, sent: dict[str, Any]) -> list[dict[s
     try:
         _wait(group, header, number)
         headers = [json.loads(group.store.get(key)) for key in keys]
+    except AgreementError:  # which is a RuntimeError, too
+        raise
     except RuntimeError as error:  # what all of torch's store errors are
         raise _error(header, group, f"The group's store is gone: {error}", []) from error
     if number > 1:  # everyone has answered, so everyone has read what came before

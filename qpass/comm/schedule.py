@@ -44,7 +44,7 @@ def shots(numel: int | torch.SymInt, codec: Codec, world: int) -> str:
 
 
 def two_shot_bytes(numel: int, codec: Codec, world: int) -> int:
-    """Bytes of the payloads of a two-shot all_reduce: all ranks sum equally many rows of a piece, some of them empty."""
+    """Bytes of a two-shot all_reduce's payloads: all ranks sum equally many rows of a piece, some of them empty."""
     return sum(world * -(-codec.rows(len(part)) // world) * codec.width for part in chunks(numel, codec))
 
 

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qpass.comm
@@ -20,7 +22,8 @@ from watched import bytes_sent, value
 
 CASES = [
     "hybrid_sharding_counts_what_the_wire_carries", "replicas_alone", "all_reduce_alone_in_full", "mixed_dtypes",
-    "small_units", "unused_parameters", "compressing_again", "several_groups_in_a_module",
+    "small_units", "unused_parameters", "compressing_again", "modules_in_one_unit",
+    "units_of_one_module",
     "sharding_again_after_forward", "gathering_ahead", "a_hook_says_what_it_sent",
     "sparse_gradients", "complex_gradients", "strictness",
 ]  # fmt: skip
@@ -190,7 +193,7 @@ def compressing_again(rank: int, world: int) -> None:
     assert {row.collective for row in second.entries} == {"all_gather", "reduce_scatter", "all_reduce"}
 
 
-def several_groups_in_a_module(rank: int, world: int) -> None:
+def modules_in_one_unit(rank: int, world: int) -> None:
     """Modules that are sharded together are one unit, and one row."""
     model = linears()
     fully_shard([model[0], model[1]], mesh=init_device_mesh("cpu", (world,)))
@@ -199,6 +202,31 @@ def several_groups_in_a_module(rank: int, world: int) -> None:
     step(model)
     assert [(row.place, row.collective) for row in done.entries] == [("0", "all_gather"), ("0", "reduce_scatter")]
     assert done.entries[1].bytes == 3 * 2 * (8 + 1) * 130
+
+
+def units_of_one_module(rank: int, world: int) -> None:
+    """Parameters of one module on two meshes: torch's own setters refuse it, for they have one collective for both."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    flat = init_device_mesh("cpu", (world,))
+    models = []
+    for _ in "ab":
+        model = linears()
+        own = set(model[0].parameters())
+        inner, whole = FSDPMeshInfo(mesh["inner"], shard_mesh_dim=0), FSDPMeshInfo(flat, shard_mesh_dim=0)
+
+        def place(parameter: nn.Parameter, own: Any = own, inner: Any = inner, whole: Any = whole) -> Any:
+            return ShardPlacementResult(Shard(0), inner if parameter in own else whole)
+
+        models.append(fully_shard(model, mesh=flat, shard_placement_fn=place))
+    done = qpass.comm.compress_fsdp(models[1])
+    plain, model = models
+    for each in models:
+        step(each)
+    assert near(gradients(model), gradients(plain))
+    assert {(row.place, row.collective, row.bytes) for row in done.entries} == {
+        ("(root) [0]", "all_gather", 17 * 130), ("(root) [0]", "reduce_scatter", 17 * 130),
+        ("(root) [1]", "all_gather", 3 * 9 * 130), ("(root) [1]", "reduce_scatter", 3 * 9 * 130),
+    }  # fmt: skip
 
 
 def sharding_again_after_forward(rank: int, world: int) -> None:
