@@ -13,6 +13,7 @@ from torch.fx.traceback import NodeSource, NodeSourceAction
 
 from qpass.capture import TRACING, capture
 from qpass.errors import InputError
+from qpass.graph.exporting import QUIET
 from qpass.graph.record import GRAPH_KEY, GraphRecord, graph_record, set_record
 from qpass.inspect.match import match
 from qpass.inspect.operations import PASSES
@@ -98,8 +99,12 @@ def _exported(gm: fx.GraphModule) -> ExportedProgram:
     args, kwargs = _nested(gm, list(example))
     shapes = _nested(gm, dynamic)
     named_shapes = None if not any(dynamic) else (tuple(shapes[0]) if not kwargs else _by_name(gm, shapes))
-    with TRACING, torch.no_grad():
-        return torch.export.export(gm, args, kwargs, dynamic_shapes=named_shapes, strict=False)
+    token = QUIET.set(True)
+    try:
+        with TRACING, torch.no_grad():
+            return torch.export.export(gm, args, kwargs, dynamic_shapes=named_shapes, strict=False)
+    finally:
+        QUIET.reset(token)
 
 
 def _example(value: Any) -> Any:

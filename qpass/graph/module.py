@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import linecache
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from qpass.errors import InputError, QpassError
+from qpass.graph.exporting import asked_for_tensors, warn_of_export
 from qpass.graph.misfit import misfit
 from qpass.modes import ByMode
 
@@ -40,6 +42,8 @@ class GraphModule(fx.GraphModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``forward``; InputError where it fails on inputs that the graph does not hold for."""
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            warn_of_export(self)
         try:
             return super().__call__(*args, **kwargs)
         except QpassError:
@@ -49,6 +53,11 @@ class GraphModule(fx.GraphModule):
             if found is None:
                 raise
             raise found from error
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """As every module's; torch.export, which asks for them first, is told what to know of the graph."""
+        asked_for_tensors(self)
+        return super().named_buffers(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise InputError(
