@@ -26,6 +26,7 @@ from qpass.graph.normalize import normalize
 from qpass.graph.record import graph_record, record_of, set_record
 from qpass.graph.regions import regions
 from qpass.graph.source import module_stack
+from qpass.graph.straight_through import make_differentiable
 from qpass.graph.verify import OBSERVER_PREFIX
 from qpass.inductor import compile_lowered, compile_plain
 from qpass.lower import lower_graph
@@ -47,10 +48,17 @@ EXACT = {"emulate_precision_casts": True}
 class Backend:
     """A backend for ``torch.compile``; equal settings compare equal, so they do not recompile.
 
+<<<<<<< Updated upstream
     A converted model is lowered. A float model without gradients is quantized by ``config``, which must not need
     calibration; gradients that are off inside of it are off. With gradients it is compiled as it is, with a warning
     unless it is in training mode or ``comm`` is given; so is one without a config, silently. ``inductor`` are options
     for Inductor's own configuration, applied to this compilation alone; a ``mode`` of torch.compile stands for some of
+=======
+    A converted model is lowered; where gradients are asked of it, its q/dq graph is compiled, and they pass straight
+    through rounding. A float model without gradients is quantized by ``config``, which must not need
+    calibration. A float model in training, or without a config, is compiled as it is. ``inductor`` are options for
+    Inductor's own configuration, applied to this compilation alone; a ``mode`` of torch.compile stands for some of
+>>>>>>> Stashed changes
     them. ``comm`` says which collectives are compressed, in the forward graph and in the backward one.
     """
 
@@ -85,6 +93,10 @@ class Backend:
             in_float = True
         if in_float:
             log.info("compute is left in floating point")
+            if make_differentiable(gm):
+                return replace(self, inductor=tuple(sorted({**EXACT, **dict(self.inductor)}.items())))(
+                    gm, example_inputs
+                )
             if self.comm is None:
                 return compile_plain(gm, example_inputs, (), dict(self.inductor))
             communication = self._communication(gm, self.comm, training)

@@ -41,10 +41,17 @@ class GraphModule(fx.GraphModule):
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``forward``; InputError where it fails on inputs that the graph does not hold for."""
+        """As ``forward``; InputError where it fails on inputs that the graph does not hold for.
+
+        Of a quantized graph gradients pass straight through rounding; a lowered one has none, and refuses.
+        """
+        from qpass.graph.straight_through import StraightThrough, wants_gradients
+
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             warn_of_export(self)
         try:
+            if wants_gradients(self, args, kwargs):
+                return StraightThrough(self)(*args, **kwargs)
             return super().__call__(*args, **kwargs)
         except QpassError:
             raise
