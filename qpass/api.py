@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from qpass import presets
 from qpass.capture import FirstBatch, capture
-from qpass.capture_errors import refuse_model
+from qpass.capture_errors import refuse_kind, refuse_model
 from qpass.capture_training import capture_training, in_modes_of
 from qpass.config import Config
 from qpass.errors import ConfigError, ConvertError, InputError
@@ -64,11 +64,9 @@ def prepare(
         )
     if isinstance(model, FirstBatch):
         raise InputError("the model is prepared already", hint="start again from the float model")
-    if not isinstance(model, (torch.nn.Module, ExportedProgram)):
-        raise InputError(
-            f"prepare takes an nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}",
-            hint="pass the model itself",
-        )
+    if isinstance(model, torch.nn.DataParallel):  # paths in reports and overrides are those inside of it
+        model = model.module
+    refuse_kind(model)
 
     def build(model: Any, inputs: Any, kwargs: Any) -> fx.GraphModule:
         if not chosen.trains:

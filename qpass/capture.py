@@ -8,8 +8,10 @@ operators in the same order, the first holds for every batch; where not, size 1 
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, export
 
-from qpass.capture_errors import explain, refuse_graph, refuse_model
-from qpass.errors import CaptureError
-from qpass.example_inputs import example_of, fresh_tensors, resize_batch, tensors_of
+from qpass.capture_errors import explain, refuse_autocast, refuse_graph, refuse_model
+from qpass.errors import CaptureError, InputError
+from qpass.example_inputs import example_of, fresh_tensors, is_unpacked, resize_batch, tensors_of
 from qpass.graph.edit import copy_graph_module, owner_of
 from qpass.graph.guard import guard_inputs, symbol_of
 from qpass.graph.module import Draft
@@ -64,8 +66,15 @@ def capture(
         InputError: an argument has the wrong type, or the example inputs are missing.
     """
     refuse_model(model)
+    refuse_autocast()
     with TRACING:
-        traced = _trace(model, example_inputs, kwargs, dynamic_shapes, trains)
+        try:
+            traced = _trace(model, example_inputs, kwargs, dynamic_shapes, trains)
+        except CaptureError as error:
+            if is_unpacked(example_inputs):
+                what = f"example_inputs are the {len(example_inputs)} rows of one tensor, which the model does not take"
+                raise InputError(what, hint="pass the tensor as one input, (x,) and not tuple(x)") from error
+            raise
         if not traced.guarded:
             guard_inputs(traced.gm, traced.ranges, traced.excluded)
         if amend is not None:
@@ -169,6 +178,11 @@ def _with_dynamic_batch(
     batch = next((x.shape[0] for x in tensors_of((args, keywords)) if x.dim()), None)
     if batch is None:
         return _from_program(export_model(model, args, keywords, None, trains))
+    if batch == 0:
+        raise InputError(
+            "the example inputs are an empty batch, which shows no shape but its own",
+            hint="pass a batch of 2 or more; the prepared model takes an empty one then",
+        )
     several, more = resize_batch((args, keywords), batch, 2) if batch == 1 else fresh_tensors((args, keywords))
     try:
         program = export_model(model, several, more, _batch_shapes((several, more)), trains)
@@ -212,10 +226,21 @@ def export_model(
 ) -> ExportedProgram:
     """``torch.export.export``, with or without gradients, and with errors that name the user's line."""
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients), _quiet():
             return export(model, args, keywords, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise explain(error, model) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's log of an operator that fails on fake tensors: the error says it, and a probe may fail."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
 
 
 def _export_one(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.export import ExportedProgram
 
 from qpass.errors import CaptureError, InputError
@@ -35,6 +36,17 @@ _HINTS = (
         r"Cache'?> in output",
         "call a transformers model without its cache: use_cache=False among the kwargs, or in its config",
     ),
+    (
+        r"(Dynamic|Static|\w*)Cache'?>",
+        "leave the cache out of the example inputs (use_cache=False among the kwargs); a model that generates with one "
+        'is compiled in place: model.forward = torch.compile(model.forward, backend="qpass")',
+    ),
+    (
+        r"inference tensor",
+        "the model was built under torch.inference_mode, and its parameters take no part in a trace: "
+        "copy.deepcopy(model) outside of it makes ordinary ones",
+    ),
+    (r"same device|device mismatch", "put the model and all example inputs on one device: x.to(device)"),
     (r"numpy\.", "pass tensors: torch.from_numpy(array)"),
     (
         r"register_dataclass|register a pytree|not a known type",
@@ -65,6 +77,36 @@ def explain(error: Exception, model: nn.Module) -> CaptureError:
         where=_user_line(error) or type(model).__name__,
         hint=hint or _DEFAULT_HINT,
     )
+
+
+def refuse_kind(model: Any) -> None:
+    """Raise InputError for what is given to ``prepare`` in the place of a model."""
+    kind = type(model).__name__
+    if isinstance(model, type):
+        raise InputError(f"the model is the class {model.__name__}", hint=f"pass an instance: {model.__name__}(...)")
+    if isinstance(model, OptimizedModule):
+        raise InputError(
+            "the model is compiled already, and what it is compiled to cannot be quantized",
+            hint="prepare the model that torch.compile was given, and compile the converted one",
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            f"the model is TorchScript ({kind}), which torch.export does not read",
+            hint="pass the Python model that it was scripted or traced from",
+        )
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        what = f"prepare takes an nn.Module, an ExportedProgram or a GraphModule, not {kind}"
+        raise InputError(what, hint="pass the model itself")
+
+
+def refuse_autocast() -> None:
+    """Raise CaptureError under ``torch.autocast``, whose casts the graph would hold for good."""
+    if torch.is_autocast_enabled("cpu"):
+        raise CaptureError(
+            f"torch.autocast is on, so the model would be captured with its casts to {torch.get_autocast_dtype('cpu')}",
+            hint="prepare the model outside of torch.autocast; compute_dtype of the config says what is not quantized "
+            "computes in",
+        )
 
 
 def refuse_model(model: nn.Module | ExportedProgram) -> None:

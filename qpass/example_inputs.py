@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map_only
 
 from qpass.errors import InputError
 
@@ -24,6 +24,12 @@ def example_of(example_inputs: Any, kwargs: Any, model: nn.Module) -> tuple[tupl
             hint="pass example_inputs=(x,), the positional inputs of one call",
         )
     keywords = dict(kwargs or {})
+    for path, leaf in tree_flatten_with_path((example_inputs, keywords))[0]:
+        if type(leaf).__module__ == "numpy":
+            raise InputError(
+                f"an example input is a numpy.{type(leaf).__name__}: {keystr(path[1:]) or 'example_inputs'}",
+                hint="pass tensors: torch.from_numpy(array)",
+            )
     if isinstance(example_inputs, Mapping):
         return (), {**example_inputs, **keywords}
     if isinstance(example_inputs, Tensor):
@@ -32,8 +38,17 @@ def example_of(example_inputs: Any, kwargs: Any, model: nn.Module) -> tuple[tupl
         return tuple(example_inputs or ()), keywords
     raise InputError(
         f"example_inputs is a tuple of positional inputs, one tensor or a dict, not {type(example_inputs).__name__}",
-        hint="pass example_inputs=(x,)",
+        hint="pass example_inputs=(x,); x is one batch, as next(iter(loader)) gives it",
     )
+
+
+def is_unpacked(example_inputs: Any) -> bool:
+    """Whether example inputs are the rows of one tensor, as ``tuple(x)`` gives them where ``(x,)`` was meant."""
+    if not isinstance(example_inputs, (tuple, list)) or not all(isinstance(x, Tensor) for x in example_inputs):
+        return False
+    bases = {id(x._base) for x in example_inputs}
+    base = example_inputs[0]._base if len(bases) == 1 else None
+    return base is not None and base.shape == (len(example_inputs), *example_inputs[0].shape)
 
 
 def fresh_tensors(inputs: tuple[Any, Any]) -> tuple[Any, Any]:

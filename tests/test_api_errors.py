@@ -205,9 +205,7 @@ def test_a_model_on_the_meta_device(example_inputs: Any) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("model", "kind"), [(Two, "type"), (torch.relu, "builtin_function_or_method"), (None, "NoneType")]
-)
+@pytest.mark.parametrize(("model", "kind"), [(torch.relu, "builtin_function_or_method"), (None, "NoneType")])
 def test_prepare_is_given_no_model(model: Any, kind: str) -> None:
     assert error_of(lambda: qpass.prepare(model, (X,)), InputError) == (
         f"prepare takes an nn.Module, an ExportedProgram or a GraphModule, not {kind}\n  to do: pass the model itself"
@@ -217,7 +215,7 @@ def test_prepare_is_given_no_model(model: Any, kind: str) -> None:
 def test_prepare_is_given_inputs_of_another_kind() -> None:
     assert error_of(lambda: qpass.prepare(two(), "x"), InputError) == (  # type: ignore[arg-type]
         "example_inputs is a tuple of positional inputs, one tensor or a dict, not str\n"
-        "  to do: pass example_inputs=(x,)"
+        "  to do: pass example_inputs=(x,); x is one batch, as next(iter(loader)) gives it"
     )
     assert error_of(lambda: qpass.prepare(two(), (X, X)), CaptureError) == (
         "torch.export cannot capture Two: too many positional arguments\n"

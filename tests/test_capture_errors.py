@@ -135,7 +135,7 @@ def test_wrong_arguments_are_refused() -> None:
     )
     assert refusal(nn.Linear(4, 4), 3) == (
         "example_inputs is a tuple of positional inputs, one tensor or a dict, not int\n"
-        "  to do: pass example_inputs=(x,)"
+        "  to do: pass example_inputs=(x,); x is one batch, as next(iter(loader)) gives it"
     )
     prepared = capture(nn.Linear(4, 4), (torch.randn(2, 4),))
     graph_record(prepared).stage = "prepared"
