@@ -21,9 +21,8 @@ from qpass.compiled import is_first, modules_of, program_compiled_now, remember
 from qpass.config import Config
 from qpass.errors import ConfigError, QpassError, QpassWarning, StrictError, near
 from qpass.fake_quantize import FakeQuantizeBase
-from qpass.graph.constants import Constants
 from qpass.graph.normalize import normalize
-from qpass.graph.record import graph_record, record_of, set_record
+from qpass.graph.record import graph_record
 from qpass.graph.regions import regions
 from qpass.graph.source import module_stack
 from qpass.graph.straight_through import make_differentiable
@@ -31,8 +30,7 @@ from qpass.graph.verify import OBSERVER_PREFIX
 from qpass.inductor import compile_lowered, compile_plain
 from qpass.lower import lower_graph
 from qpass.ops.decompositions import table
-from qpass.passes.annotate import uncovered
-from qpass.rewrite.qdq import as_dequantize, as_quantize
+from qpass.passes.recognise_islands import RecogniseIslands, float_bytes
 from qpass.spec import QuantizationSpec
 from qpass.stages import convert_graph, prepare_graph
 
@@ -109,21 +107,21 @@ class Backend:
         captured = from_dynamo(gm, example_inputs)
         normalize(captured.graph_module)
         lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
-        weights = [captured.arguments[index] for index in captured.bindings.values()]
+        positions = list(captured.bindings.values())
+        weights = [captured.arguments[index] for index in positions]
         settings: dict[str, Any] = {
             "capture": captured, "decompositions": table(), "config_patches": {**EXACT, **dict(self.inductor)},
         }  # fmt: skip
         if self.comm is None:
-            remember(lowered, weights)
-            return compile_lowered(lowered, example_inputs, **settings)
+            kept = remember(lowered, weights)
+            return kept.noting(compile_lowered(lowered, example_inputs, **settings), positions)
         communication = self._communication(gm, self.comm, training)
         call = communication.compiled(
             lambda inner: compile_lowered(
                 lowered, example_inputs, post_grad=[communication.step], inner=inner, **settings
             )
         )
-        remember(lowered, weights, communication)
-        return call
+        return remember(lowered, weights, communication).noting(call, positions)
 
     def _why_in_float(self, gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool) -> str:
         """Why a float graph that the configuration would have quantized cannot be; "" where it can, or need not."""
@@ -219,15 +217,12 @@ def qpass_backend(
 
 
 def accounted(graph: fx.GraphModule, target: str) -> fx.GraphModule:
-    """A retraced graph at the quantized stage, with a record on every float operation, as ``prepare`` leaves them."""
+    """A retraced graph at the quantized stage, with a record on every operation, as ``prepare`` leaves them."""
     record = graph_record(graph)
     record.stage, record.target = "quantized", target
+    record.float_bytes = float_bytes(regions(graph))
     for region in regions(graph):
-        constants = Constants(region)
-        for node in region.graph.nodes:
-            is_operation = node.op == "call_function" and node not in constants and record_of(node) is None
-            if is_operation and as_dequantize(node) is None and as_quantize(node) is None:
-                set_record(node, uncovered(node))
+        RecogniseIslands(target).run(region)
     return graph
 
 

@@ -11,6 +11,7 @@ from qpass.graph.record import graph_record, record_of
 from qpass.graph.regions import regions
 from qpass.passes.carry_codes import CarryCodes
 from qpass.passes.fold_constants import FoldConstants
+from qpass.passes.keep_strides import KeepStrides
 from qpass.passes.lower_collectives import LowerCollectives
 from qpass.passes.lower_islands import LowerIslands
 from qpass.passes.merge_siblings import MergeSiblings
@@ -22,7 +23,7 @@ def pipeline(target: str) -> Pipeline:
     """The passes from the quantized to the lowered stage."""
     missing = registry.get(target).missing()
     islands = (MergeSiblings(target), LowerIslands(target, missing))
-    return Pipeline("lowered", (LowerCollectives(), CarryCodes(), *islands, FoldConstants()))
+    return Pipeline("lowered", (LowerCollectives(), CarryCodes(), *islands, KeepStrides(), FoldConstants()))
 
 
 @without_gc()

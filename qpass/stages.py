@@ -24,6 +24,7 @@ from qpass.passes.fold_constants import FoldConstants
 from qpass.passes.hoist_casts import HoistCasts
 from qpass.passes.insert_modes import InsertModes
 from qpass.passes.insert_observers import InsertObservers
+from qpass.passes.keep_strides import KeepStrides
 from qpass.passes.lower_observers import LowerObservers
 from qpass.passes.remove_modes import RemoveModes
 from qpass.passes.set_dropout_aside import SetDropoutAside
@@ -102,7 +103,7 @@ def convert_graph(prepared: fx.GraphModule, strict: bool = False) -> fx.GraphMod
     gm = copy_graph_module(prepared, Draft)
     passes = (
         RemoveModes(), FoldBatchNorm(), LowerObservers(),
-        CastComputeDtype(), ExpandAttention(), HoistCasts(), FoldConstants(),
+        CastComputeDtype(), ExpandAttention(), HoistCasts(), KeepStrides(), FoldConstants(),
     )  # fmt: skip
     Pipeline("quantized", passes).run(gm)
     gm = rebuild(gm)

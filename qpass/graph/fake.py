@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def fake_call(*args: Any, call: Callable[..., Any], **kwargs: Any) -> Any:
-    """The fake result of ``call`` on the fake values of its arguments, or None where a node has none.
+    """The fake result of ``call`` on the fake values of its arguments, or None where a node has none."""
+    return fake_result(call, args, kwargs, {})
+
+
+def fake_result(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], instead: Mapping[fx.Node, Any]
+) -> Any:
+    """As :func:`fake_call`, with the values in ``instead`` for those of its nodes.
 
     Calls that differ in nothing but in which nodes they read share one result, as those of equal layers do.
     """
-    leaves, form = tree_flatten((args, kwargs))
+    leaves, form = tree_flatten((args, dict(kwargs)))
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     mode = fake_mode_of(nodes[0].graph) if nodes else None
     if mode is None or any("val" not in node.meta for node in nodes):
         return None
+    leaves = [instead.get(leaf, leaf.meta["val"]) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
     known: dict[Any, Any] = nodes[0].graph.__dict__.setdefault("_qpass_fake_results", {})
     key = (call, form, tuple(map(_described, leaves))) if _is_function_of_forms(call) else None
     try:
@@ -30,7 +38,7 @@ def fake_call(*args: Any, call: Callable[..., Any], **kwargs: Any) -> Any:
             return known[key]
     except TypeError:  # an argument that has no hash
         key = None
-    args, kwargs = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+    args, kwargs = tree_unflatten(leaves, form)
     # some operators take symbolic sizes in their Python form only
     by_python = enable_python_dispatcher() if mode.shape_env is not None else contextlib.nullcontext()
     with mode, by_python, torch.no_grad():
@@ -48,15 +56,18 @@ def _is_function_of_forms(call: Callable[..., Any]) -> bool:
     return not call._schema.is_mutable and not any(tag in call.tags for tag in of_values)
 
 
-def _described(leaf: Any) -> Any:
+def _described(val: Any) -> Any:
     """All of an argument that the form of a result may depend on."""
-    val = leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf
     if isinstance(val, torch.Tensor) and val.layout == torch.strided:
-        sizes = tuple(size if isinstance(size, int) else size.node.expr for size in (*val.shape, *val.stride()))
-        return (val.dtype, val.device, len(val.shape), sizes)
+        return (val.dtype, val.device, len(val.shape), terms((*val.shape, *val.stride())))
     if isinstance(val, torch.Tensor):
         return val  # itself: kept alive, it is told from any other
     return (type(val), val.node.expr if isinstance(val, torch.SymInt) else val)
+
+
+def terms(sizes: Iterable[int | torch.SymInt]) -> tuple[Any, ...]:
+    """Sizes as numbers and expressions, which compare without a guard."""
+    return tuple(size if isinstance(size, int) else size.node.expr for size in sizes)
 
 
 def refresh_val(node: fx.Node) -> None:

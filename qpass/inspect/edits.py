@@ -6,7 +6,7 @@ constants in front of it, an operation and what was fused into it. An *edit* is 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from qpass.inspect.expression import expressions
 from qpass.inspect.nodes import NodeView, Snapshot
+from qpass.inspect.pairs import readers
 from qpass.inspect.report_text import NUMBER, path_patterns
 
 Kind = Literal["removed", "added", "rewired", "retargeted"]
@@ -73,14 +74,22 @@ class Edit:
 
     @cached_property
     def text(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The expressions before and after, one for each result; ``x``, ``y`` ... are values from outside."""
-        return self.instances[0].before, self.instances[0].after
+        """The expressions before and after, one for each result; ``x``, ``y`` ... are values from outside.
+
+        Equal ones, as the steps of a loop leave them, are one with a count: ``"select(dq(q(x)))  x60"``.
+        """
+        return counted(self.instances[0].before), counted(self.instances[0].after)
 
     @property
     def passes(self) -> tuple[str, ...]:
         """The passes that made its new nodes, as far as recorded."""
         made = (change.made_by for change in self.instances[0].changes)
         return tuple(dict.fromkeys(filter(None, made)))
+
+
+def counted(lines: Sequence[str]) -> tuple[str, ...]:
+    """Each distinct line once, where it came first, with how often it is there."""
+    return tuple(f"{line}  x{count}" if count > 1 else line for line, count in Counter(lines).items())
 
 
 def changes(before: Snapshot, after: Snapshot, pairs: Mapping[int, int]) -> Iterator[Change]:
@@ -191,11 +200,12 @@ class _Groups:
 
 def absorbed(before: Snapshot, after: Snapshot, pairs: Mapping[int, int], gone: NodeView) -> int | None:
     """The node of ``after`` that now computes the value of a removed operation and is another one's pair: what every
-    reader of the removed one reads instead. A batch norm folded into a convolution is absorbed by it."""
+    reader of the removed one reads instead, through observers and q/dq. A batch norm folded into a convolution is
+    absorbed by it."""
     found = set()
     if gone.op == "get_attr" or gone.is_transparent:
         return None
-    for user, position in before.users[gone.index]:
+    for user, position in readers(before, gone.index):
         reader = after.nodes[pairs[user]] if user in pairs else None
         if reader is None or reader.operator != before.nodes[user].operator or position >= len(reader.inputs):
             return None

@@ -10,11 +10,10 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.eval_frame import OptimizedModule
 
 from qpass.capture import CAPTURE_KEY, FirstBatch
 from qpass.communication import Communication, conclusions
-from qpass.compiled import compilations
+from qpass.compiled import Compiled, compilations, program_of
 from qpass.errors import InputError, StrictError
 from qpass.graph.edit import get_constant
 from qpass.graph.record import GRAPH_KEY, GraphRecord
@@ -111,15 +110,19 @@ def report(
     if (inputs is None) != (reference is None):
         given, lacking = ("inputs", "reference") if reference is None else ("reference", "inputs")
         raise InputError(f"report was given {given} but no {lacking}", hint="SQNR needs both, the rest needs neither")
-    graphs, communications = _compiled(gm)
-    found = report_graphs(graphs, communications, strict=strict)
+    graphs, communications, float_bytes = _compiled(gm)
+    found = report_graphs(graphs, communications, strict, float_bytes)
     return found if reference is None else replace(found, sqnr=sqnr(reference, gm, inputs))
 
 
 def report_graphs(
-    graphs: Sequence[fx.GraphModule], communications: Sequence[Communication] = (), strict: bool = False
-) -> Report:
-    """One report on all of ``graphs``, and on what compilations decided; raises as :func:`report` does."""
+    graphs: Sequence[fx.GraphModule], communications: Sequence[Communication] = (), strict: bool = False,
+    float_bytes: int | None = None,
+) -> Report:  # fmt: skip
+    """One report on all of ``graphs``, and on what compilations decided; raises as :func:`report` does.
+
+    ``float_bytes`` are those of the float model, where they are not the sum over the graphs.
+    """
     records = [_record(gm) for gm in graphs]
     parts = [(region, record) for gm, record in zip(graphs, records, strict=True) for region in regions(gm)]
     every_region = [region for region, _ in parts]
@@ -128,7 +131,7 @@ def report_graphs(
         stage=", ".join(dict.fromkeys(record.stage for record in records)) or "compiled",
         target=", ".join(dict.fromkeys(record.target for record in records if record.target)),
         rows=tuple(row for region, record in parts for row in operations(region, record.stage)),
-        bytes_before=sum(record.float_bytes for record in records),
+        bytes_before=sum(record.float_bytes for record in records) if float_bytes is None else float_bytes,
         bytes_after=constant_bytes(every_region),
         leftover=_leftover(every_region),
         notes=tuple(dict.fromkeys(notes)),
@@ -165,17 +168,36 @@ def _missed(row: Row | Transfer) -> str:
     return f"{row.module or row.node} ({row.op}): {row.reason}"
 
 
-def _compiled(gm: Any) -> tuple[list[fx.GraphModule], list[Communication]]:
+def _compiled(gm: Any) -> tuple[list[fx.GraphModule], list[Communication], int | None]:
     if isinstance(gm, FirstBatch):
-        return [gm.captured], []
-    program: Any = gm._orig_mod if isinstance(gm, OptimizedModule) else getattr(gm, "_torchdynamo_orig_callable", None)
+        return [gm.captured], [], None
+    program = program_of(gm)
     if program is None:
-        return [gm], []
+        return [gm], [], None
     found = compilations(program)
+    if not found and program is gm and GRAPH_KEY in getattr(gm, "meta", ()):
+        return [gm], [], None  # a converted model, compiled in place, that has not run
     if not found:
         raise InputError("this compiled model has no graph of qpass yet", hint=_way_to_a_graph(program))
     graphs = [one.graph for one in found if one.graph is not None]
-    return graphs, [one.communication for one in found if one.communication is not None]
+    return graphs, [one.communication for one in found if one.communication is not None], _float_bytes(program, found)
+
+
+def _float_bytes(program: Any, found: Iterable[Compiled]) -> int:
+    """Bytes of the float model behind compiled graphs: a converted one's record says them, else the graphs do.
+
+    Graphs of one set of weights, as for other sizes of the inputs, count once.
+    """
+    record = program.meta.get(GRAPH_KEY) if isinstance(program, fx.GraphModule) else None
+    if record is not None and record.float_bytes:
+        return int(record.float_bytes)
+    sizes: dict[object, int] = {}
+    for one in found:
+        if one.graph is not None:
+            read = next(iter(one.weights), ())
+            key = frozenset(read) if read else id(one)
+            sizes[key] = max(sizes.get(key, 0), _record(one.graph).float_bytes)
+    return sum(sizes.values())
 
 
 def _way_to_a_graph(program: Any) -> str:

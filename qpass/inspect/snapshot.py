@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.export import ExportedProgram
 
 from qpass.capture import FirstBatch
-from qpass.compiled import compiled_graphs
+from qpass.compiled import compiled_graphs, program_of
 from qpass.errors import InputError
 from qpass.graph.record import GRAPH_KEY
 from qpass.graph.source import module_path
@@ -45,7 +44,10 @@ def snapshot(program: Any) -> Snapshot:
         return found
     if isinstance(program, FirstBatch):
         program = program.captured
-    graphs = compiled_graphs(program._orig_mod) if isinstance(program, OptimizedModule) else [program]
+    model = program_of(program)
+    graphs = compiled_graphs(model) if isinstance(model, torch.nn.Module) else [program]
+    if not graphs and isinstance(program, fx.GraphModule):
+        graphs = [program]  # compiled in place, and not run yet
     reader = _Reader()
     stages = []
     for graph in graphs:

@@ -147,7 +147,7 @@ def _compared(before: Snapshot, after: Snapshot, pairs: Mapping[int, int]) -> di
     chosen = dict(pairs)
     heirs = {right: left for left, right in pairs.items()}
     for view in before.nodes:
-        heir = absorbed(before, after, pairs, view) if view.index not in pairs and view.op == "call_function" else None
+        heir = absorbed(before, after, chosen, view) if view.index not in pairs and view.op == "call_function" else None
         if heir is not None and heir in heirs:
             chosen.pop(heirs[heir], None)
             chosen[view.index], heirs[heir] = heir, view.index

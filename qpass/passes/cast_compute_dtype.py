@@ -11,6 +11,7 @@ from torch import fx
 from qpass.graph.alias import written
 from qpass.graph.edit import Editor
 from qpass.graph.fake import refresh_val
+from qpass.graph.strides import stand_for
 from qpass.passes.annotate import ISLAND
 from qpass.passes.assign_compute_dtype import AS_IT_COMES, BEYOND, COMPUTE_DTYPE
 from qpass.passes.frame import Pass
@@ -77,6 +78,7 @@ class CastComputeDtype(Pass):
                 infinite = edit.call(aten.isinf.default, source, **place)
                 value = edit.call(aten.where.self, infinite, source, clamped, **place)
             casts[key] = edit.call(aten.to.dtype, value, dtype, **place)
+            stand_for(casts[key], source)
         return casts[key]
 
     def _quantize_from_casts(self, casts: Casts) -> None:

@@ -11,6 +11,7 @@ from torch import fx
 
 from qpass.graph.edit import Editor
 from qpass.graph.record import record_of, set_record
+from qpass.graph.strides import stand_for
 from qpass.passes.frame import Pass
 from qpass.rewrite.match import normalized
 
@@ -59,6 +60,7 @@ class ExpandAttention(Pass):
         record = record_of(node)
         if record is not None:
             set_record(result, record)
+        stand_for(result, node)
         node.replace_all_uses_with(result)
         edit.graph.erase_node(node)
 

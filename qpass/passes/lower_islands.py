@@ -9,6 +9,7 @@ from torch import fx
 from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor, erase_dead
 from qpass.graph.record import record_of, set_record
+from qpass.graph.strides import stand_for
 from qpass.passes.annotate import describe
 from qpass.passes.frame import Pass
 from qpass.patterns import CATALOGUE
@@ -62,6 +63,7 @@ class LowerIslands(Pass):
                 taken.update(m.nodes)
                 return 0
             set_record(result, record)
+            stand_for(result, out.node)
             out.node.replace_all_uses_with(result)
             erase_dead(edit.graph, (out.node, *reversed(m.nodes)))
             return 1

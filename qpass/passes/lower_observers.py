@@ -167,7 +167,10 @@ def float_val(x: Any) -> Any:
 def quantized_parts(
     w: torch.Tensor, spec: QuantizationSpec, qparams: QParams | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scale and zero point of a weight: the given ones, or what its observer chooses for its values now."""
+    """Codes, scale and zero point of a weight: the given ones, or what its observer chooses for its values now.
+
+    Codes lie in memory as the weight does: a convolution with a channels-last weight returns a channels-last image.
+    """
     with torch.no_grad():
         scale, zero_point = observed_qparams(w, spec) if qparams is None else qparams
         if isinstance(spec.granularity, PerGroup):
@@ -177,6 +180,8 @@ def quantized_parts(
         else:
             axis = spec.granularity.axis if isinstance(spec.granularity, PerChannel) else None
             codes = quantize_weight(w, scale, zero_point, axis, *spec.range, spec.dtype)
+        if codes.stride() != w.stride():
+            codes = torch.empty_like(w, dtype=codes.dtype).copy_(codes)
     return codes, scale, zero_point
 
 
@@ -197,7 +202,7 @@ def _parts_of(
     w, factor = (constants.value(argument) for argument in source.args)  # type: ignore[arg-type]
     if factor.shape != (len(w), *[1] * (w.dim() - 1)):
         return quantized_parts(constants.value(source), spec, given)
-    codes = torch.empty(w.shape, dtype=spec.dtype, device=w.device)
+    codes = torch.empty_like(w, dtype=spec.dtype)
     chosen = []
     for rows in torch.arange(len(w)).split(max(1, BLOCK // max(1, w[0].numel()))):
         block = slice(int(rows[0]), int(rows[-1]) + 1)

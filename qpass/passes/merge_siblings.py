@@ -15,6 +15,7 @@ from qpass.graph.constants import Constants
 from qpass.graph.edit import Editor, erase_dead
 from qpass.graph.record import record_of, set_record
 from qpass.graph.source import module_path
+from qpass.graph.strides import stand_for
 from qpass.ops import graph_ops as ops
 from qpass.passes.annotate import describe
 from qpass.passes.frame import Pass
@@ -88,6 +89,7 @@ class MergeSiblings(Pass):
         ends = list(accumulate(sizes))
         for m, cast, size, end in zip(siblings, casts, sizes, ends, strict=True):
             part = edit.call(aten.slice.Tensor, result, -1, end - size, end, **place)
+            stand_for(part, cast or m.root)
             (cast or m.root).replace_all_uses_with(part)
         dead = [node for m, cast in zip(siblings, casts, strict=True) for node in (cast, m.root, _weight(m).node)]
         erase_dead(edit.graph, [node for node in dead if node is not None])

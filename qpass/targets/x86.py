@@ -184,7 +184,8 @@ class Int8WeightOnly(Kernel):
 
 
 def check_same_shape(m: IslandMatch) -> None:
-    """Refuse a fused addition that broadcasts."""
+    """Refuse a fused addition of a number, or one that broadcasts."""
+    require(isinstance(m.other, fx.Node), "the added value is a number", m.output)
     same = m.other.meta["val"].shape == m.root.meta["val"].shape
     require(same, "the added tensor is broadcast", m.output)
 

@@ -282,3 +282,26 @@ def test_the_type_is_a_value(stages: Stages) -> None:
     assert isinstance(found, GraphDiff)
     assert repr(found).startswith("<GraphDiff: ")
     assert repr(found).endswith("; 3 distinct edits>")
+
+
+def test_steps_of_an_unrolled_loop_are_one_line_with_a_count() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.g = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.new_zeros(x.shape[0], 4)
+            for step in range(x.shape[1]):
+                h = self.g(torch.cat([x[:, step], h], 1)).tanh()
+            return h
+
+    prepared = qpass.prepare(Loop().eval(), (x := torch.randn(2, 20, 2),))
+    prepared(x)
+    found = qpass.diff(prepared, qpass.convert(prepared))
+    lines = str(found).splitlines()
+    assert "    - select(observe(x))  x20" in lines
+    assert "    + select(dq(q(x)))  x20" in lines
+    assert len(lines) < 60  # each step in a line of its own is 40 more
+    assert "select(dq(q(x)))  x20" in found.to_json()
+    assert "select(dq(q(x)))  x20" in found.to_html()

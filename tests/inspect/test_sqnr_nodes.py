@@ -229,3 +229,18 @@ def test_graphs_are_left_as_they_are() -> None:
     qpass.sqnr(a, b, x, nodes=True)
     assert not qpass.diff(before[0], a)
     assert not qpass.diff(before[1], b)
+
+
+def test_a_batch_norm_in_front_of_a_convolution_is_found_behind_the_observer_between() -> None:
+    layers = [nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)]
+    model = nn.Sequential(*layers).eval()
+    model[1].running_mean += 5
+    model[3].running_mean += 5
+    x = torch.randn(2, 3, 8, 8)
+    a, b = stages(model, x)
+    for reference in (model, a):
+        found = qpass.sqnr(reference, b, x, nodes=True).nodes
+        assert [one.reference.short for one in found if one.node.short == "conv2d"] == [
+            "batch_norm", "batch_norm", "conv2d",
+        ]  # fmt: skip
+        assert min(one.sqnr for one in found) > 25  # against a convolution alone it is below 0
