@@ -304,4 +304,4 @@ def test_steps_of_an_unrolled_loop_are_one_line_with_a_count() -> None:
     assert "    + select(dq(q(x)))  x20" in lines
     assert len(lines) < 60  # each step in a line of its own is 40 more
     assert "select(dq(q(x)))  x20" in found.to_json()
-    assert "select(dq(q(x)))  x20" in found.to_html()
+    assert "select(dq(q(x)))  x20" in found._repr_mimebundle_()["text/html"]
