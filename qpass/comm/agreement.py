@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
@@ -20,6 +21,9 @@ from qpass.comm.group import Group
 from qpass.errors import AgreementError, QpassError
 
 _SAME_CALLS = "make the same calls in the same order on all ranks; qpass.comm.debug(True) compares every call"
+WARNS_AFTER, PATIENCE = 10.0, 300.0
+"""Seconds in which a rank that has no such settings is suspected, and given up: much less than torch's half hour."""
+
 _MISSING = "Not all ranks made the call"
 
 VERSION = 1
@@ -37,6 +41,7 @@ class Header:
     op: str = ""
     schedule: str = ""
     async_op: bool = False
+    settings: str = ""
 
 
 def agree(group: Group, header: Header, *, sends: list[int] | None = None, receives: list[int] | None = None) -> None:
@@ -70,6 +75,8 @@ def agree_on_plan(group: Group, plan: list[str]) -> None:
     Raises:
         AgreementError: on every rank, where two plans differ, or a rank said nothing until the timeout.
     """
+    if dist.get_backend(group.process_group) == "fake":  # the other ranks are imagined
+        return
     header = Header("compiled graph", codec="", numel=0, dtype="")
     plans = [said["plan"] for said in _same_call(group, header, {"plan": plan})]
     differing = [
@@ -82,6 +89,15 @@ def agree_on_plan(group: Group, plan: list[str]) -> None:
         raise _error(header, group, "The ranks have compiled different plans", differing, hint)
 
 
+def agree_on_settings(group: Group, header: Header, hint: str) -> None:
+    """Return once all ranks have said the same, also where they have before; ``hint`` is what silence may mean.
+
+    Raises:
+        AgreementError: on every rank, where two differ, or a rank said nothing for `PATIENCE` or until the timeout.
+    """
+    _same_call(group, header, {}, hint)
+
+
 def refuse(group: Group, why: QpassError) -> None:
     """Tell the ranks that may wait for this one's header that it will not make the call."""
     group.calls += 1
@@ -92,7 +108,8 @@ def refuse(group: Group, why: QpassError) -> None:
 def debug(enabled: bool | None = None) -> bool:
     """Whether every call is compared, not only the first of its kind; `enabled` switches it, on all ranks alike.
 
-    What is compiled while it is on compares the decisions about its collectives before its first step.
+    Decisions about the collectives of a compiled graph are compared before its first step in any case, and while this
+    is on also when a frame is compiled again.
     """
     global _debug
     if enabled is not None:
@@ -103,11 +120,11 @@ def debug(enabled: bool | None = None) -> bool:
 _debug = False
 
 
-def _same_call(group: Group, header: Header, more: dict[str, Any]) -> list[dict[str, Any]]:
+def _same_call(group: Group, header: Header, more: dict[str, Any], absent: str = "") -> list[dict[str, Any]]:
     """What every rank said, and ``more`` that it sent with it, where all are about to make the call of the header."""
     group.calls += 1
     said = {"version": VERSION, "order": group.calls, **asdict(header)}
-    headers = _exchange(group, header, {"said": said, **more})
+    headers = _exchange(group, header, {"said": said, **more}, absent)
     refusals = {rank: header["refused"] for rank, header in enumerate(headers) if "refused" in header}
     if refusals:
         raise _error(
@@ -124,11 +141,11 @@ def _same_call(group: Group, header: Header, more: dict[str, Any]) -> list[dict[
     return headers
 
 
-def _exchange(group: Group, header: Header, sent: dict[str, Any]) -> list[dict[str, Any]]:
+def _exchange(group: Group, header: Header, sent: dict[str, Any], absent: str) -> list[dict[str, Any]]:
     number = _post(group, sent)
     keys = [f"{number}/{rank}" for rank in range(group.world)]
     try:
-        _wait(group, header, number)
+        _wait(group, header, number, absent)
         headers = [json.loads(group.store.get(key)) for key in keys]
     except AgreementError:  # which is a RuntimeError, too
         raise
@@ -139,15 +156,16 @@ def _exchange(group: Group, header: Header, sent: dict[str, Any]) -> list[dict[s
     return headers
 
 
-def _wait(group: Group, header: Header, number: int) -> None:
-    """Return once all ranks have posted.
+def _wait(group: Group, header: Header, number: int, absent: str) -> None:
+    """Return once all ranks have posted; ``absent`` is what to do about a rank that may never.
 
     It asks again and again: a client of the store serves one thread at a time, so one that waited in it would keep
     other threads from posting what the other ranks wait for.
     """
     start = time.monotonic()
     pause, asks = 1e-4, start + 0.25  # when to ask for dead ranks
-    ends = start + group.timeout.total_seconds()
+    timeout = group.timeout.total_seconds()
+    ends, warns = start + (min(timeout, PATIENCE) if absent else timeout), start + WARNS_AFTER
     while silent := [rank for rank in range(group.world) if not group.store.check([f"{number}/{rank}"])]:
         now = time.monotonic()
         if now >= asks:
@@ -155,9 +173,13 @@ def _wait(group: Group, header: Header, number: int) -> None:
             dead = dead_ranks(group.process_group, silent)
             if dead and not all(group.store.check([f"{number}/{rank}"]) for rank in dead):
                 raise _error(header, group, _MISSING, [f"rank {rank} is gone: {why}" for rank, why in dead.items()])
+        if absent and now >= warns:
+            warns = ends
+            note = f"{header.collective} waits for ranks {silent} of group {group.name!r} since {now - start:.0f} s"
+            warnings.warn(f"{note}; if they have none, {absent}", stacklevel=2)
         if now >= ends:
             details = [f"rank {rank} said nothing for {now - start:.0f} s" for rank in silent]
-            raise _error(header, group, _MISSING, details)
+            raise _error(header, group, _MISSING, details, absent or _SAME_CALLS)
         time.sleep(pause)
         pause = min(1.5 * pause, 0.02)
 

@@ -3,7 +3,9 @@
 Annotations are not postponed in this file: DDP compares those of a hook with the classes themselves.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,8 +16,10 @@ from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # exported, but not said to be
 
 from qpass.comm import collectives
+from qpass.comm.agreement import Header, agree_on_settings
 from qpass.comm.codec import Codec, codec
 from qpass.comm.cost import Link, decide
+from qpass.comm.group import group_of
 from qpass.comm.ledger import DECLINED_BY_LINK, SPARSE, WARM_UP, Declined, Entry, Ledger
 from qpass.comm.owned_rows import OwnedRows
 from qpass.comm.python_bucket import PythonReducer
@@ -29,6 +33,7 @@ _NO_GROUP = (
     "a hook registered with None averages over the default group, of {} ranks; where the model has a group of its own, "
     "call model.register_comm_hook(model.process_group, hook)"
 )
+_NO_HOOK = "register the hook on all ranks: one without it waits in torch's own all_reduce for this rank"
 FORMATS = {8: "int8", 6: "int6", 4: "int4"}
 
 
@@ -42,6 +47,7 @@ def ddp_hook(
     warm_up: int = 0,
     link: Link | None = None,
     measure_error: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> "DDPHook":
     """A hook with a state of its own: ``model.register_comm_hook(process_group_or_None, ddp_hook(bits=4, ...))``.
 
@@ -56,16 +62,22 @@ def ddp_hook(
         warm_up: so many first steps are sent in full.
         link: constants of `calibrate_link`; buckets that would not be faster compressed are then sent in full.
         measure_error: keep `statistics.error_norm` also without error feedback, for a second coding.
+        scaler: the GradScaler of the training, for error feedback: residuals then follow the loss scale, and what a
+            step took from them that the optimizer skipped is put back. It costs another float32 copy of the gradients,
+            and the scale is read once a step. Without it a residual counts in units of the scale of its own step.
+
+    At the first step the ranks compare these options. Where a rank says nothing the hook warns after 10 s and raises
+    after 5 minutes, or the group's timeout if that is shorter: that rank may have no hook.
 
     Raises:
         ConfigError: no such codec.
     """
     if format is not None:
-        return DDPHook(codec(format), error_feedback, warm_up, link, measure_error)
+        return DDPHook(codec(format), error_feedback, warm_up, link, measure_error, scaler)
     if bits not in FORMATS:
         raise ConfigError(f"ddp_hook has no codes of {bits!r} bits.", hint=f"use one of {', '.join(map(str, FORMATS))}")
     chosen = codec(FORMATS[bits], block=block, hadamard=hadamard)
-    return DDPHook(chosen, error_feedback, warm_up, link, measure_error)
+    return DDPHook(chosen, error_feedback, warm_up, link, measure_error, scaler)
 
 
 @dataclass
@@ -77,6 +89,7 @@ class _Layout:
     parameters: Sequence[Tensor] = ()
     residual: Tensor | None = None
     owned: OwnedRows | None = None
+    before: Tensor | None = None  # the residual before the last step, where that may be skipped
 
     @property
     def is_dense(self) -> bool:
@@ -99,15 +112,19 @@ class DDPHook:
         warm_up: int = 0,
         link: Link | None = None,
         measure_error: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.codec, self.error_feedback, self.warm_up, self.link = codec, error_feedback, warm_up, link
-        self.measure_error = measure_error
+        self.measure_error, self.scaler = measure_error, scaler
         self.statistics, self.ledger, self._python = Statistics(), Ledger(), PythonReducer()
         self._layouts: dict[int, _Layout] = {}
         self._numbers: dict[int, int] = {}  # id of a parameter -> its number
         # number -> float32, flat, whole rows: rotation spreads errors to the end
         self._residuals: dict[int, Tensor] = {}
         self._owned: dict[int, Tensor] = {}  # number -> float32 [rows that this rank sums, row]
+        self._unit = 1.0  # the loss scale of the running step
+        self._place: tuple[int, int] | None = None  # rank and size of the group that the residuals are of
+        self._agreed: list[weakref.ref[dist.ProcessGroup]] = []  # the groups whose ranks have the same hook
         self.__name__ = self.__qualname__ = "qpass_ddp_hook"  # DDP logs it
 
     def __call__(
@@ -119,6 +136,10 @@ class DDPHook:
         group = process_group if process_group is not None else dist.group.WORLD
         assert group is not None
         buffer, world, warm = bucket.buffer(), group.size(), self.statistics.steps < self.warm_up
+        with _hinting(process_group, world):
+            self._agree(group)
+        if bucket.index() == 0:
+            self._start_step()
         self.statistics.steps += bucket.is_last()
         if world == 1:
             done: Future = torch.futures.Future()
@@ -130,12 +151,8 @@ class DDPHook:
             return self._sent_plain(bucket, group, why)
         plain = plain_bytes(buffer, world)
         values = self._packed(buffer, layout)
-        try:
+        with _hinting(process_group, world):
             sent, work = self._started(values, layout, group)
-        except AgreementError as error:
-            if process_group is None:
-                error.hint = "; ".join(filter(None, (error.hint, _NO_GROUP.format(world))))
-            raise
         self._count(bucket, sent_bytes("all_reduce", sent, world, 1), plain)
 
         def unpack(future: torch.futures.Future[Any]) -> Tensor:
@@ -149,34 +166,66 @@ class DDPHook:
         torch forms its buckets anew, so register one."""
         kept = {"_residuals": self._residuals, "_owned": self._owned}
         cloned = {name: {number: part.clone() for number, part in parts.items()} for name, parts in kept.items()}
-        return self.__dict__ | cloned | {"_layouts": {}, "_numbers": {}}
+        return self.__dict__ | cloned | {"_layouts": {}, "_numbers": {}, "_agreed": []}
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to continue bit for bit: steps, counts, residuals. Save it on every rank.
 
+        What is this rank's lies under a key that names it, so that `torch.distributed.checkpoint` keeps that of every
+        rank. It loads into tensors that exist: there let a hook make a step before its state is loaded.
+
         Steps that are sent in full, in warm-up or where a `link` declines, are as repeatable as torch's all_reduce:
         from 3 ranks on its order of summation depends on the buckets, which start anew in a new process.
         """
-        counts = asdict(self.statistics)
-        residuals = {number: residual.clone() for number, residual in self._residuals.items()}
-        owned = {number: residual.clone() for number, residual in self._owned.items()}
-        return {"codec": str(self.codec), "statistics": counts, "residuals": residuals, "owned": owned}
+        self._undo_skipped()
+        rank, ranks = _rank_and_ranks()
+        group_rank, group_ranks = self._place or (-1, 0)
+        mine = {
+            "statistics": asdict(self.statistics), "group_rank": group_rank, "group_ranks": group_ranks,
+            "parameters": len(self._residuals),
+            "residuals": {number: residual.clone() for number, residual in self._residuals.items()},
+            "owned": {number: residual.clone() for number, residual in self._owned.items()},
+        }  # fmt: skip
+        return {"codec": str(self.codec), "ranks": ranks, f"rank {rank}": mine}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, on the same rank of the same model.
+        """Take over what `state_dict` gave, on the same rank of as many ranks, for the same model.
+
+        Residuals belong to the ranks that rounded: another number of ranks starts with a new hook and without them.
+        What is lost so is what rounding took from one step.
 
         Raises:
-            ConfigError: it was saved with another codec.
+            ConfigError: it was saved with another codec, on another rank, on another number of ranks, or holds not all
+                residuals.
         """
+        rank, ranks = _rank_and_ranks()
+        whose = [key for key in state if key.startswith("rank ")]
+        if "codec" not in state or "ranks" not in state or not whose:
+            raise ConfigError("This is no state of a DDP hook.", hint="load what state_dict() of the hook gave")
         if state["codec"] != str(self.codec):
             raise ConfigError(
                 f"The state is of a hook that sends {state['codec']}, and this one sends {self.codec}.",
                 hint="make the hook with the options that it was saved with",
             )
-        self.statistics = Statistics(**state["statistics"])
-        self._residuals = {number: residual.clone() for number, residual in state["residuals"].items()}
-        self._owned = {number: residual.clone() for number, residual in state["owned"].items()}
+        if state["ranks"] != ranks:
+            raise ConfigError(
+                f"The state is of {state['ranks']} ranks, and this run has {ranks}.",
+                hint="load it on as many ranks, or begin with a new hook: what rounding took from one step is lost",
+            )
+        if f"rank {rank}" not in state:
+            raise ConfigError(f"The state is of {whose[0]}, and this is rank {rank}.", hint="load each rank's own")
+        mine = state[f"rank {rank}"]
+        if len(mine["residuals"]) != mine["parameters"]:
+            raise ConfigError(
+                f"The state is of {mine['parameters']} residuals, and holds {len(mine['residuals'])}.",
+                hint="torch.distributed.checkpoint loads what exists: let the hook make a step before that",
+            )
+        self.statistics = Statistics(**mine["statistics"])
+        self._residuals = {number: residual.clone() for number, residual in mine["residuals"].items()}
+        self._owned = {number: residual.clone() for number, residual in mine["owned"].items()}
+        self._place = (mine["group_rank"], mine["group_ranks"]) if mine["group_ranks"] else None
         self._layouts.clear()
+        self._agreed.clear()
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -193,7 +242,49 @@ class DDPHook:
             payload = self.codec.payload_bytes(values.numel())
             return payload if world == 2 else two_shot_bytes(values.numel(), self.codec, world), work
         sent = world * self.codec.payload_bytes(layout.owned.residual.numel())
-        return sent, layout.owned.average(values, group)
+        return sent, layout.owned.average(values, group, self._unit, self.scaler is not None)
+
+    def _agree(self, group: dist.ProcessGroup) -> None:
+        """Compare the hooks of all ranks, once for a group: from then on they decide alike."""
+        if any(known() is group for known in self._agreed):
+            return
+        place = (group.rank(), group.size())
+        if self._place not in (None, place):
+            assert self._place is not None
+            what = "The residuals of this hook are those of rank {} of a group of {}, and this is rank {} of {}."
+            hint = "load the state on as many ranks, and give every model a hook of its own"
+            raise ConfigError(what.format(*self._place, *place), hint=hint)
+        if self.error_feedback:
+            self._place = place
+        if group.size() > 1:
+            settings = {
+                "error_feedback": self.error_feedback, "warm_up": self.warm_up, "steps": self.statistics.steps,
+                "link": str(self.link), "scaler": self.scaler is not None,
+            }  # fmt: skip
+            said = ", ".join(f"{name}={value}" for name, value in settings.items())
+            agree_on_settings(group_of(group), Header("ddp_hook", str(self.codec), 0, "", settings=said), _NO_HOOK)
+        self._agreed.append(weakref.ref(group))
+
+    def _start_step(self) -> None:
+        self._undo_skipped()
+        for layout in self._layouts.values():
+            layout.before = None
+        self._unit = self._scale()
+
+    def _scale(self) -> float:
+        return self.scaler.get_scale() if self.scaler is not None and self.error_feedback else 1.0
+
+    def _undo_skipped(self) -> None:
+        """Put back what the last step took from the residuals, if the scale fell: then the optimizer skipped it."""
+        if self._scale() >= self._unit:
+            return
+        for layout in self._layouts.values():
+            if layout.before is not None and layout.residual is not None:
+                layout.residual.copy_(layout.before)
+                layout.before = None
+            if layout.owned is not None and layout.owned.before is not None:
+                layout.owned.residual.copy_(layout.owned.before)
+                layout.owned.before = None
 
     def _declined(self, buffer: Tensor, world: int) -> Declined | None:
         pays = self.link is None or decide("all_reduce", buffer.numel(), buffer.dtype, world, self.codec, self.link)
@@ -247,13 +338,27 @@ class DDPHook:
             parts = [part[:size] for part, size in zip(values.split(layout.padded), layout.sizes, strict=True)]
             torch._foreach_copy_(parts, list(buffer.split(layout.sizes)))
         if layout.residual is not None:
-            values = values.float() + layout.residual
-        if layout.residual is not None or self.measure_error:
-            decoded = self.codec.decode(self.codec.encode(values), values.numel(), torch.float32)
-            self.statistics.add_error(values.float(), decoded)
-            if layout.residual is not None:  # what is not finite was not sent: its residual waits for the next step
-                torch.where(decoded.isfinite(), values - decoded, layout.residual, out=layout.residual)
+            return self._fed(values.float(), layout, layout.residual)
+        if self.measure_error:
+            self.statistics.add_error(values.float(), self._decoded(values))
         return values
+
+    def _fed(self, values: Tensor, layout: _Layout, residual: Tensor) -> Tensor:
+        """The values and what was not sent of earlier ones; what is not sent of these is the new residual.
+
+        A row without a gradient is sent as zeros and its residual waits, as DDP discards the average of a parameter
+        that no rank has used. What is not finite was not sent, so its residual waits, too.
+        """
+        layout.before = residual.clone() if self.scaler is not None else None
+        is_fed = values.view(-1, self.codec.row).any(1, keepdim=True).expand(-1, self.codec.row).reshape(-1)
+        fed = values + torch.where(is_fed, residual * self._unit, 0.0)
+        decoded = self._decoded(fed)
+        self.statistics.add_error(fed, decoded)
+        torch.where(decoded.isfinite() & is_fed, (fed - decoded) / self._unit, residual, out=residual)
+        return fed
+
+    def _decoded(self, values: Tensor) -> Tensor:
+        return self.codec.decode(self.codec.encode(values), values.numel(), torch.float32)
 
     def _unpacked(self, values: Tensor, buffer: Tensor, layout: _Layout) -> Tensor:
         if values is buffer:
@@ -261,7 +366,28 @@ class DDPHook:
         with torch.no_grad():
             parts = [part[:size] for part, size in zip(values.split(layout.padded), layout.sizes, strict=True)]
             torch._foreach_copy_(list(buffer.split(layout.sizes)), parts)
+            if layout.residual is not None and buffer.element_size() < 4:
+                # the cast rounds, too, on all ranks alike: each keeps what it took, and the mean of them is that
+                kept = layout.residual.split(layout.padded)
+                for residual, value, rounded in zip(kept, parts, buffer.split(layout.sizes), strict=True):
+                    lost = (value - rounded) / self._unit
+                    residual[: len(lost)] += torch.where(lost.isfinite(), lost, 0.0)
         return buffer
+
+
+@contextmanager
+def _hinting(process_group: dist.ProcessGroup | None, world: int) -> Iterator[None]:
+    """Add to a disagreement what a hook that was given no group may mean."""
+    try:
+        yield
+    except AgreementError as error:
+        if process_group is None:
+            error.hint = "; ".join(filter(None, (error.hint, _NO_GROUP.format(world))))
+        raise
+
+
+def _rank_and_ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @lru_cache(maxsize=1 << 10)

@@ -31,6 +31,7 @@ class OwnedRows:
     Attributes:
         residual: float32 ``[length, row]``, this rank's rows and zeros behind them.
         parts: for each parameter, the slice of `residual` that is its.
+        before: the residual before the last average, where that was to be kept.
     """
 
     def __init__(
@@ -57,9 +58,14 @@ class OwnedRows:
         self.order = order.flatten().to(device)
         self.places = torch.argsort(self.order, stable=True)[:total]
         self.residual = torch.zeros(self.length, codec.row, device=device)
+        self.before: Tensor | None = None
 
-    def average(self, values: Tensor, group: dist.ProcessGroup) -> Work:
-        """Start to replace `values`, float32 ``[rows * row]``, by their average over the group; equal on all ranks."""
+    def average(self, values: Tensor, group: dist.ProcessGroup, unit: float = 1.0, keep: bool = False) -> Work:
+        """Start to replace `values`, float32 ``[rows * row]``, by their average over the group; equal on all ranks.
+
+        A row that is zero on all ranks stays zero: nobody may apply it, so its residual waits. `unit` is the loss
+        scale, by which the residual is smaller than the values; `keep` fills `before`.
+        """
         members = group_of(group)
         agree(members, Header("all_reduce", str(self.codec), values.numel(), str(values.dtype), "avg", "owned", True))
         twin, seed = members.twin(), members.calls
@@ -69,10 +75,13 @@ class OwnedRows:
             sent = torch.cat([rows, rows.new_zeros(1, self.codec.row)])[self.order].view(-1)
             total = torch.empty_like(self.residual)
             schedule.reduce_scatter(total.view(-1), sent, self.codec, members.world, seed, twin)
-            total += self.residual
+            self.before = self.residual.clone() if keep else None
+            is_fed = total.any(1, keepdim=True)
+            total += torch.where(is_fed, self.residual * unit, 0.0)
             schedule.all_gather(sent, total.view(-1), self.codec, seed, twin)
             decoded = sent.view(members.world, self.length, -1)[members.rank]
-            torch.where(decoded.isfinite(), total - decoded, self.residual, out=self.residual)
+            was_sent = decoded.isfinite() & is_fed
+            torch.where(was_sent, (total - decoded) / unit, self.residual, out=self.residual)
             torch.index_select(sent.view(-1, self.codec.row), 0, self.places, out=rows)
 
         return Work(members, job, values)

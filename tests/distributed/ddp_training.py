@@ -114,7 +114,10 @@ def resumed() -> Iterator[tuple[str, Any]]:
         if chosen.get("error_feedback"):
             for lost in ("residuals", "owned"):
                 third = Training(qpass.comm.ddp_hook(**chosen))
-                third.resume((*checkpoint[:2], {**checkpoint[2], lost: {}}, checkpoint[3]))
+                key = f"rank {dist.get_rank()}"
+                mine = {name: torch.zeros_like(kept) for name, kept in checkpoint[2][key][lost].items()}
+                state = {**checkpoint[2], key: {**checkpoint[2][key], lost: mine}}
+                third.resume((*checkpoint[:2], state, checkpoint[3]))
                 yield f"{name}, {lost} lost", torch.equal(first.parameters(), third.run(4))
 
 
