@@ -6,7 +6,6 @@ Annotations are not postponed in this file: DDP compares those of a hook with th
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,10 +15,9 @@ from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # exported, but not said to be
 
 from qpass.comm import collectives
-from qpass.comm.agreement import Header, agree_on_settings
 from qpass.comm.codec import Codec, codec
 from qpass.comm.cost import Link, decide
-from qpass.comm.group import group_of
+from qpass.comm.hook_state import HookState, Layout
 from qpass.comm.ledger import DECLINED_BY_LINK, SPARSE, WARM_UP, Declined, Entry, Ledger
 from qpass.comm.owned_rows import OwnedRows
 from qpass.comm.python_bucket import PythonReducer
@@ -33,7 +31,6 @@ _NO_GROUP = (
     "a hook registered with None averages over the default group, of {} ranks; where the model has a group of its own, "
     "call model.register_comm_hook(model.process_group, hook)"
 )
-_NO_HOOK = "register the hook on all ranks: one without it waits in torch's own all_reduce for this rank"
 FORMATS = {8: "int8", 6: "int6", 4: "int4"}
 
 
@@ -80,23 +77,7 @@ def ddp_hook(
     return DDPHook(chosen, error_feedback, warm_up, link, measure_error, scaler)
 
 
-@dataclass
-class _Layout:
-    """How the parameters of a bucket lie in the tensor that is sent: each starts a row of its own."""
-
-    sizes: list[int]
-    padded: list[int]
-    parameters: Sequence[Tensor] = ()
-    residual: Tensor | None = None
-    owned: OwnedRows | None = None
-    before: Tensor | None = None  # the residual before the last step, where that may be skipped
-
-    @property
-    def is_dense(self) -> bool:
-        return self.sizes == self.padded
-
-
-class DDPHook:
+class DDPHook(HookState):
     """What `ddp_hook` makes: callable as a DDP communication hook.
 
     Each parameter starts a row of blocks, so codes, and the residuals of error feedback, do not depend on how DDP
@@ -117,7 +98,7 @@ class DDPHook:
         self.codec, self.error_feedback, self.warm_up, self.link = codec, error_feedback, warm_up, link
         self.measure_error, self.scaler = measure_error, scaler
         self.statistics, self.ledger, self._python = Statistics(), Ledger(), PythonReducer()
-        self._layouts: dict[int, _Layout] = {}
+        self._layouts: dict[int, Layout] = {}
         self._numbers: dict[int, int] = {}  # id of a parameter -> its number
         # number -> float32, flat, whole rows: rotation spreads errors to the end
         self._residuals: dict[int, Tensor] = {}
@@ -168,71 +149,12 @@ class DDPHook:
         cloned = {name: {number: part.clone() for number, part in parts.items()} for name, parts in kept.items()}
         return self.__dict__ | cloned | {"_layouts": {}, "_numbers": {}, "_agreed": []}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank needs to continue bit for bit: steps, counts, residuals. Save it on every rank.
-
-        What is this rank's lies under a key that names it, so that `torch.distributed.checkpoint` keeps that of every
-        rank. It loads into tensors that exist: there let a hook make a step before its state is loaded.
-
-        Steps that are sent in full, in warm-up or where a `link` declines, are as repeatable as torch's all_reduce:
-        from 3 ranks on its order of summation depends on the buckets, which start anew in a new process.
-        """
-        self._undo_skipped()
-        rank, ranks = _rank_and_ranks()
-        group_rank, group_ranks = self._place or (-1, 0)
-        mine = {
-            "statistics": asdict(self.statistics), "group_rank": group_rank, "group_ranks": group_ranks,
-            "parameters": len(self._residuals),
-            "residuals": {number: residual.clone() for number, residual in self._residuals.items()},
-            "owned": {number: residual.clone() for number, residual in self._owned.items()},
-        }  # fmt: skip
-        return {"codec": str(self.codec), "ranks": ranks, f"rank {rank}": mine}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, on the same rank of as many ranks, for the same model.
-
-        Residuals belong to the ranks that rounded: another number of ranks starts with a new hook and without them.
-        What is lost so is what rounding took from one step.
-
-        Raises:
-            ConfigError: it was saved with another codec, on another rank, on another number of ranks, or holds not all
-                residuals.
-        """
-        rank, ranks = _rank_and_ranks()
-        whose = [key for key in state if key.startswith("rank ")]
-        if "codec" not in state or "ranks" not in state or not whose:
-            raise ConfigError("This is no state of a DDP hook.", hint="load what state_dict() of the hook gave")
-        if state["codec"] != str(self.codec):
-            raise ConfigError(
-                f"The state is of a hook that sends {state['codec']}, and this one sends {self.codec}.",
-                hint="make the hook with the options that it was saved with",
-            )
-        if state["ranks"] != ranks:
-            raise ConfigError(
-                f"The state is of {state['ranks']} ranks, and this run has {ranks}.",
-                hint="load it on as many ranks, or begin with a new hook: what rounding took from one step is lost",
-            )
-        if f"rank {rank}" not in state:
-            raise ConfigError(f"The state is of {whose[0]}, and this is rank {rank}.", hint="load each rank's own")
-        mine = state[f"rank {rank}"]
-        if len(mine["residuals"]) != mine["parameters"]:
-            raise ConfigError(
-                f"The state is of {mine['parameters']} residuals, and holds {len(mine['residuals'])}.",
-                hint="torch.distributed.checkpoint loads what exists: let the hook make a step before that",
-            )
-        self.statistics = Statistics(**mine["statistics"])
-        self._residuals = {number: residual.clone() for number, residual in mine["residuals"].items()}
-        self._owned = {number: residual.clone() for number, residual in mine["owned"].items()}
-        self._place = (mine["group_rank"], mine["group_ranks"]) if mine["group_ranks"] else None
-        self._layouts.clear()
-        self._agreed.clear()
-
     @property
     def entries(self) -> tuple[Entry, ...]:
         """What this rank has sent for each bucket since the hook was made, and why not as codes."""
         return self.ledger.entries
 
-    def _started(self, values: Tensor, layout: _Layout, group: dist.ProcessGroup) -> tuple[int, Work]:
+    def _started(self, values: Tensor, layout: Layout, group: dist.ProcessGroup) -> tuple[int, Work]:
         """The bytes of this rank's payloads, and the work that replaces `values` by their average."""
         world = group.size()
         if layout.owned is None:
@@ -243,48 +165,6 @@ class DDPHook:
             return payload if world == 2 else two_shot_bytes(values.numel(), self.codec, world), work
         sent = world * self.codec.payload_bytes(layout.owned.residual.numel())
         return sent, layout.owned.average(values, group, self._unit, self.scaler is not None)
-
-    def _agree(self, group: dist.ProcessGroup) -> None:
-        """Compare the hooks of all ranks, once for a group: from then on they decide alike."""
-        if any(known() is group for known in self._agreed):
-            return
-        place = (group.rank(), group.size())
-        if self._place not in (None, place):
-            assert self._place is not None
-            what = "The residuals of this hook are those of rank {} of a group of {}, and this is rank {} of {}."
-            hint = "load the state on as many ranks, and give every model a hook of its own"
-            raise ConfigError(what.format(*self._place, *place), hint=hint)
-        if self.error_feedback:
-            self._place = place
-        if group.size() > 1:
-            settings = {
-                "error_feedback": self.error_feedback, "warm_up": self.warm_up, "steps": self.statistics.steps,
-                "link": str(self.link), "scaler": self.scaler is not None,
-            }  # fmt: skip
-            said = ", ".join(f"{name}={value}" for name, value in settings.items())
-            agree_on_settings(group_of(group), Header("ddp_hook", str(self.codec), 0, "", settings=said), _NO_HOOK)
-        self._agreed.append(weakref.ref(group))
-
-    def _start_step(self) -> None:
-        self._undo_skipped()
-        for layout in self._layouts.values():
-            layout.before = None
-        self._unit = self._scale()
-
-    def _scale(self) -> float:
-        return self.scaler.get_scale() if self.scaler is not None and self.error_feedback else 1.0
-
-    def _undo_skipped(self) -> None:
-        """Put back what the last step took from the residuals, if the scale fell: then the optimizer skipped it."""
-        if self._scale() >= self._unit:
-            return
-        for layout in self._layouts.values():
-            if layout.before is not None and layout.residual is not None:
-                layout.residual.copy_(layout.before)
-                layout.before = None
-            if layout.owned is not None and layout.owned.before is not None:
-                layout.owned.residual.copy_(layout.owned.before)
-                layout.owned.before = None
 
     def _declined(self, buffer: Tensor, world: int) -> Declined | None:
         pays = self.link is None or decide("all_reduce", buffer.numel(), buffer.dtype, world, self.codec, self.link)
@@ -305,7 +185,7 @@ class DDPHook:
         self.statistics.add(sent, plain)
         self.ledger.add(place, "all_reduce", sent, plain, "" if why else str(self.codec), why)
 
-    def _layout(self, bucket: GradBucket, group: dist.ProcessGroup) -> _Layout:
+    def _layout(self, bucket: GradBucket, group: dist.ProcessGroup) -> Layout:
         parameters, row = bucket.parameters(), self.codec.row
         # complex parameters lie in a bucket as pairs of real numbers
         sizes = [parameter.numel() * (1 + parameter.is_complex()) for parameter in parameters]
@@ -317,7 +197,7 @@ class DDPHook:
         for parameter in parameters:
             self._numbers.setdefault(id(parameter), len(self._numbers))
         padded = [-(-size // row) * row for size in sizes]
-        layout = _Layout(sizes, padded, parameters)
+        layout = Layout(sizes, padded, parameters)
         self._layouts = {index: kept for index, kept in self._layouts.items() if index < bucket.index()}
         self._layouts[bucket.index()] = layout  # keeps the parameters alive, and so their ids
         numbers = [self._numbers[id(parameter)] for parameter in parameters]
@@ -329,7 +209,7 @@ class DDPHook:
             _take_over(self._owned, numbers, [layout.owned.residual[part] for part in layout.owned.parts])
         return layout
 
-    def _packed(self, buffer: Tensor, layout: _Layout) -> Tensor:
+    def _packed(self, buffer: Tensor, layout: Layout) -> Tensor:
         """The values to send: the buffer itself, or a copy with every parameter padded to whole rows."""
         values = buffer
         if not layout.is_dense:
@@ -343,7 +223,7 @@ class DDPHook:
             self.statistics.add_error(values.float(), self._decoded(values))
         return values
 
-    def _fed(self, values: Tensor, layout: _Layout, residual: Tensor) -> Tensor:
+    def _fed(self, values: Tensor, layout: Layout, residual: Tensor) -> Tensor:
         """The values and what was not sent of earlier ones; what is not sent of these is the new residual.
 
         A row without a gradient is sent as zeros and its residual waits, as DDP discards the average of a parameter
@@ -360,7 +240,7 @@ class DDPHook:
     def _decoded(self, values: Tensor) -> Tensor:
         return self.codec.decode(self.codec.encode(values), values.numel(), torch.float32)
 
-    def _unpacked(self, values: Tensor, buffer: Tensor, layout: _Layout) -> Tensor:
+    def _unpacked(self, values: Tensor, buffer: Tensor, layout: Layout) -> Tensor:
         if values is buffer:
             return buffer
         with torch.no_grad():
@@ -386,15 +266,11 @@ def _hinting(process_group: dist.ProcessGroup | None, world: int) -> Iterator[No
         raise
 
 
-def _rank_and_ranks() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 @lru_cache(maxsize=1 << 10)
-def _layout_of(sizes: tuple[int, ...], row: int) -> _Layout:
+def _layout_of(sizes: tuple[int, ...], row: int) -> Layout:
     """Of parameters without residuals; one alone needs no padding, for nothing follows it."""
     padded = [-(-size // row) * row for size in sizes]
-    return _Layout(list(sizes), padded if len(sizes) > 1 else list(sizes))
+    return Layout(list(sizes), padded if len(sizes) > 1 else list(sizes))
 
 
 def _take_over(kept: dict[int, Tensor], numbers: list[int], parts: list[Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import qpass.comm
 import ranks
-from qpass.comm import ddp_hooks
+from qpass.comm import hook_state
 from qpass.errors import AgreementError
 from watched import value
 
@@ -193,7 +193,7 @@ def none_is_the_default_group(rank: int, world: int) -> None:
         def refuse(*_: Any, **__: Any) -> None:
             raise AgreementError("rank 2 said nothing", hint="make the same calls")
 
-        original, ddp_hooks.agree_on_settings = ddp_hooks.agree_on_settings, refuse
+        original, hook_state.agree_on_settings = hook_state.agree_on_settings, refuse
         model.register_comm_hook(None, hook)
         try:
             with pytest.raises(
@@ -201,5 +201,5 @@ def none_is_the_default_group(rank: int, world: int) -> None:
             ):
                 steps(model, 1)
         finally:
-            ddp_hooks.agree_on_settings = original
+            hook_state.agree_on_settings = original
     dist.barrier()
