@@ -115,7 +115,7 @@ def freeze(gm: fx.GraphModule) -> None:
     """Parameters become views without gradient that share the model's memory."""
     for module in gm.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
+            if parameter is not None:
                 module._parameters[name] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
 
 
