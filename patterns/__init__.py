@@ -11,12 +11,10 @@ if __name__ != "qpass.patterns":  # found as a top-level folder: every rule woul
         "  to do: write 'import qpass.patterns'; if that fails, install qpass (pip install -e .)"
     )
 
-from qpass.patterns.all_gather import CastBeforeGather, GatherPayloads
-from qpass.patterns.all_reduce import AllReduceOneShot, AllReduceTwoShot
-from qpass.patterns.all_to_all import ExchangeParts, ExchangePayloads, ExchangeRows
+from qpass.comm.graph.collective import KINDS, WAIT
+from qpass.islands.island import Island
 from qpass.patterns.attention import KEPT as _ATTENTION
-from qpass.patterns.broadcast import BroadcastPayload
-from qpass.patterns.codes import GatherScales, MoveCodes, QuantizeBeforeGather
+from qpass.patterns.collectives import COLLECTIVES
 from qpass.patterns.conv import Conv
 from qpass.patterns.elementwise import KEPT as _ELEMENTWISE
 from qpass.patterns.elementwise import Add, Mul
@@ -25,22 +23,9 @@ from qpass.patterns.linear import Linear
 from qpass.patterns.matmul import Matmul
 from qpass.patterns.normalization import KEPT as _NORMALIZATION
 from qpass.patterns.pooling import AvgPool
-from qpass.patterns.reduce_scatter import ReduceScatterPayloads
-from qpass.rewrite.collective import KINDS, WAIT
-from qpass.rewrite.island import Island
-from qpass.rewrite.rule import Rule
 
 CATALOGUE: tuple[Island, ...] = (Linear(), Matmul(), Conv(), Embedding(), Add(), Mul(), AvgPool())
 """Every island; the order matters only where two are rooted at the same operator."""
-
-COLLECTIVES: tuple[tuple[Rule, ...], ...] = (
-    (AllReduceTwoShot(),),
-    (
-        AllReduceOneShot(), BroadcastPayload(), CastBeforeGather(), ExchangeParts(), ExchangePayloads(), ExchangeRows(),
-        GatherPayloads(), GatherScales(), MoveCodes(), QuantizeBeforeGather(), ReduceScatterPayloads(),
-    ),
-)  # fmt: skip
-"""What is sent as payloads, walk after walk: an all_reduce goes in two shots where it may, else in one."""
 
 _COMMUNICATION = dict.fromkeys((*KINDS, WAIT), "what it sends is decided after all else: the notes say how")
 

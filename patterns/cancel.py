@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import fx
 
-from qpass.graph.constants import Constants
-from qpass.graph.edit import Editor
-from qpass.ops import graph_ops as ops
-from qpass.rewrite.expression import Expr
-from qpass.rewrite.match import Match
-from qpass.rewrite.qdq import as_dequantize, as_quantize
-from qpass.rewrite.rule import Rule, require
+from qpass.arithmetic import graph_ops as ops
+from qpass.ir.constants import Constants
+from qpass.ir.edit import Editor
+from qpass.ir.expression import Expr
+from qpass.ir.match import Match
+from qpass.ir.rule import Rule, require
+from qpass.islands.qdq import as_dequantize, as_quantize
 
 
 class Requantize(Rule):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from itertools import cycle
 from typing import Any
 
-from qpass.graph.constants import Constants
+from qpass.ir.constants import Constants
+from qpass.ir.expression import Expr, aten
+from qpass.ir.rule import require
+from qpass.islands.island import ACTIVATION, FLOAT, WEIGHT, Island, IslandMatch
 from qpass.patterns.epilogues import add_codes, batch_norm, hardswish, relu, relu6, silu
-from qpass.rewrite.expression import Expr, aten
-from qpass.rewrite.island import ACTIVATION, FLOAT, WEIGHT, Island, IslandMatch
-from qpass.rewrite.rule import require
-from qpass.targets import x86_conv
+from qpass.targets.x86 import conv as x86_conv
 
 
 class Conv(Island):

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from qpass.graph.constants import Constants
+from qpass.ir.constants import Constants
+from qpass.ir.expression import Expr, aten
+from qpass.ir.rule import require
+from qpass.islands.island import ACTIVATION, Island, IslandMatch
 from qpass.patterns.epilogues import relu
-from qpass.rewrite.expression import Expr, aten
-from qpass.rewrite.island import ACTIVATION, Island, IslandMatch
-from qpass.rewrite.rule import require
-from qpass.targets import fused
+from qpass.targets.generic import loops as fused
 
 aten_ops = torch.ops.aten
 _LOOP = "element by element: Inductor fuses it into the loops around it"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from qpass.graph.constants import Constants
-from qpass.rewrite.expression import Expr, aten
-from qpass.rewrite.island import WEIGHT, Island, IslandMatch
-from qpass.rewrite.rule import require
-from qpass.targets import fused
+from qpass.ir.constants import Constants
+from qpass.ir.expression import Expr, aten
+from qpass.ir.rule import require
+from qpass.islands.island import WEIGHT, Island, IslandMatch
+from qpass.targets.generic import loops as fused
 
 
 class Embedding(Island):

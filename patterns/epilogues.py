@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qpass.rewrite.expression import aten
-from qpass.rewrite.island import ACTIVATION, BATCH_NORM, FLOAT, Epilogue
+from qpass.ir.expression import aten
+from qpass.islands.island import ACTIVATION, BATCH_NORM, FLOAT, Epilogue
 
 
 def _relu(y: Any) -> Any:

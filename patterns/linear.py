@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from qpass.graph.constants import Constants
+from qpass.ir.constants import Constants
+from qpass.ir.expression import Expr, aten
+from qpass.ir.rule import require
+from qpass.islands.island import ACTIVATION, FLOAT, WEIGHT, Island, IslandMatch
 from qpass.patterns.epilogues import add, gelu, hardswish, relu, relu6, silu
-from qpass.rewrite.expression import Expr, aten
-from qpass.rewrite.island import ACTIVATION, FLOAT, WEIGHT, Island, IslandMatch
-from qpass.rewrite.rule import require
-from qpass.targets import fused, x86
+from qpass.targets.generic import loops as fused
+from qpass.targets.x86 import linear as x86
 
 
 class Linear(Island):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qpass.rewrite.expression import Expr, aten
-from qpass.rewrite.island import ACTIVATION, Island
-from qpass.targets import fused
+from qpass.ir.expression import Expr, aten
+from qpass.islands.island import ACTIVATION, Island
+from qpass.targets.generic import loops as fused
 
 
 class AvgPool(Island):

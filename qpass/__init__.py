@@ -3,7 +3,6 @@
 from qpass import comm, fake_quantize, observer, ops, passes, patterns, presets
 from qpass.api import calibrate, convert, lower, prepare
 from qpass.backend import backend
-from qpass.config import Config
 from qpass.errors import QpassError, QpassWarning
 from qpass.inspect.diff import diff
 from qpass.inspect.record import record
@@ -11,6 +10,7 @@ from qpass.inspect.report import report
 from qpass.inspect.sqnr import sqnr
 from qpass.io import load, save
 from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
+from qpass.spec.config import Config
 
 __version__ = "0.1.0"
 

@@ -67,9 +67,9 @@ def report(options: argparse.Namespace) -> int:
     """Print what is quantized and what is not, and why."""
     import json
 
-    from qpass.inspect.page import page
+    from qpass.inspect.render.page import page
+    from qpass.inspect.render.report_html import html
     from qpass.inspect.report import report
-    from qpass.inspect.report_html import html
     from qpass.io import load
 
     found = report(load(options.model), strict=options.strict)

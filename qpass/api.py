@@ -10,18 +10,18 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from qpass import presets
-from qpass.capture import FirstBatch, capture
-from qpass.capture_errors import refuse_kind, refuse_model
-from qpass.capture_training import capture_training, in_modes_of
-from qpass.config import Config
+from qpass.capture.errors import refuse_kind, refuse_model
+from qpass.capture.export import FirstBatch, capture
+from qpass.capture.training import capture_training, in_modes_of
 from qpass.errors import ConfigError, ConvertError, InputError
-from qpass.graph.ownership import borrowed, forget_origin, own_tensors, own_written, tensors_in
-from qpass.graph.verify import OBSERVER_PREFIX
-from qpass.lower import lower_graph
-from qpass.rewrite.qparam_state import keep_qparams, refuse_state
-from qpass.rewrite.spec_state import keep_specs
-from qpass.stages import convert_graph, prepare_graph
+from qpass.ir.ownership import borrowed, forget_origin, own_tensors, own_written, tensors_in
+from qpass.ir.verify import OBSERVER_PREFIX
+from qpass.islands.qparam_state import keep_qparams, refuse_state
+from qpass.quantize.lower import lower_graph
+from qpass.quantize.stages import convert_graph, prepare_graph
+from qpass.spec import presets
+from qpass.spec.config import Config
+from qpass.spec.fake_quantize.spec_state import keep_specs
 
 
 def prepare(
@@ -123,7 +123,7 @@ def convert(prepared: torch.nn.Module, *, strict: bool = False) -> fx.GraphModul
     Buffers that the model writes to start from what they hold in the float model, not from what calibration left, and
     every conversion has its own; after training they start from what training left.
 
-    ``state_dict()`` of the result holds its static scales and zero points as well (see `qpass.rewrite.qparam_state` for
+    ``state_dict()`` of the result holds its static scales and zero points as well (see `qpass.islands.qparam_state` for
     the keys). ``load_state_dict`` writes them into the graph, and compiled forms notice; a state of another
     configuration raises `StateError`, which names the keys.
 

@@ -11,15 +11,15 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
-from qpass.capture import TRACING, capture
+from qpass.capture.export import TRACING, capture
 from qpass.errors import InputError
-from qpass.graph.exporting import QUIET
-from qpass.graph.record import GRAPH_KEY, GraphRecord, graph_record, set_record
-from qpass.inspect.match import match
+from qpass.inspect.matching.match import match
 from qpass.inspect.operations import PASSES
 from qpass.inspect.saved import CUSTOM, EXTRA, KEY, MADE_BY, as_kept, kept_record, open_program
 from qpass.inspect.snapshot import snapshot
-from qpass.rewrite.qparam_state import keep_qparams
+from qpass.ir.exporting import QUIET
+from qpass.ir.record import GRAPH_KEY, GraphRecord, graph_record, set_record
+from qpass.islands.qparam_state import keep_qparams
 
 
 def save(model: fx.GraphModule | ExportedProgram, path: str | os.PathLike[str]) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from qpass.graph.strides import LAID_OUT
-from qpass.graph.text import graph_text
+from qpass.ir.strides import LAID_OUT
+from qpass.ir.text import graph_text
 
 
 class Recorder(fx.Interpreter):

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, fx
 
 from interpret import copied, values
-from qpass.graph.edit import copy_graph_module
-from qpass.graph.text import target_name
-from qpass.lower import pipeline
-from qpass.passes.annotate import ISLAND
-from qpass.passes.carry_codes import CarryCodes
-from qpass.pipeline import Pipeline
-from qpass.rewrite.qdq import Pair, as_dequantize, as_quantize, cast_of
+from qpass.ir.edit import copy_graph_module
+from qpass.ir.pipeline import Pipeline
+from qpass.ir.text import target_name
+from qpass.islands.qdq import Pair, as_dequantize, as_quantize, cast_of
+from qpass.quantize.lower import pipeline
+from qpass.quantize.passes.annotate import ISLAND
+from qpass.quantize.passes.carry_codes import CarryCodes
 from qpass.spec import PerChannel, PerGroup
-from qpass.targets import x86
+from qpass.targets.x86 import linear as x86
 
 aten = torch.ops.aten
 U = 2.0**-24

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qpass.capture_dynamo import from_dynamo
-from qpass.graph.edit import Editor, get_constant
-from qpass.graph.origins import Derived
-from qpass.graph.regions import regions, sink_constants
-from qpass.inductor import compile_lowered
+from qpass.backend.inductor import compile_lowered
+from qpass.capture.dynamo import from_dynamo
+from qpass.ir.edit import Editor, get_constant
+from qpass.ir.origins import Derived
+from qpass.ir.regions import regions, sink_constants
 
 aten, onednn = torch.ops.aten, torch.ops.onednn
 SCALE, ZERO_POINT = 0.05, 128

@@ -16,12 +16,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qpass.comm.pieces import SEND, send_pieces
-from qpass.graph.text import graph_text
-from qpass.ops.feedback import Feedback
-from qpass.rewrite.collective import KINDS, WORLD_KEY, ops
-from qpass.rewrite.match import normalized
-from qpass.rewrite.rule import Applied, Rule, apply_rules
+from qpass.comm.graph.collective import KINDS, WORLD_KEY, ops
+from qpass.comm.graph.pieces import SEND, send_pieces
+from qpass.comm.wire.feedback import Feedback
+from qpass.ir.match import normalized
+from qpass.ir.rule import Applied, Rule, apply_rules
+from qpass.ir.text import graph_text
 
 
 def traced(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpass.numerics import CODE_RANGES
-from qpass.ops.decomposed import OPERATORS
+from qpass.arithmetic.decomposed import OPERATORS
+from qpass.arithmetic.numerics import CODE_RANGES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SHAPES = ((), (7,), (0,), (1,), (6, 8), (3, 0), (0, 4), (1, 5), (2, 3, 4), (2, 3, 4, 6), (1, 1, 3, 1))
@@ -28,7 +28,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class Call:
-    """One call of an overload by its name (`qpass.ops.decomposed.OPERATORS`), and what it was made from."""
+    """One call of an overload by its name (`qpass.arithmetic.decomposed.OPERATORS`), and what it was made from."""
 
     name: str
     args: tuple[Any, ...]

@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 import qpass
 from interpret import assert_true_vals
 from law import Compared, compare_kernels
-from qpass.capture import capture
-from qpass.config import Config
-from qpass.graph.record import NodeRecord, record_of
-from qpass.graph.text import target_name
-from qpass.passes.annotate import Annotate
+from qpass.capture.export import capture
+from qpass.ir.record import NodeRecord, record_of
+from qpass.ir.text import target_name
 from qpass.presets import int8_dynamic, int8_static, int8_weight_only
+from qpass.quantize.passes.annotate import Annotate
+from qpass.spec.config import Config
 
 STATIC = int8_static(compute_dtype=None)
 PER_TOKEN = int8_dynamic("token", compute_dtype=None)

@@ -16,8 +16,8 @@ import qpass
 from end_to_end.bound import Near, bounds
 from qpass import QuantizationSpec, presets
 from qpass.errors import StrictError
-from qpass.graph.record import graph_record, record_of
-from qpass.graph.text import target_name
+from qpass.ir.record import graph_record, record_of
+from qpass.ir.text import target_name
 
 DYNAMIC = QuantizationSpec(torch.int8, qpass.PerToken(), symmetric=True, dynamic=True)
 

@@ -18,9 +18,9 @@ from torch._inductor.utils import run_and_get_code
 import qpass
 from end_to_end.bound import bounds
 from qpass import presets
-from qpass.compiled import compiled_graphs
+from qpass.backend.compiled import compiled_graphs
 from qpass.errors import InputError, StrictError
-from qpass.targets import x86
+from qpass.targets.x86 import linear as x86
 
 DYNAMIC = presets.int8_dynamic("token", compute_dtype=None)
 STATIC = presets.int8_static(compute_dtype=None)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 
-from qpass.capture import CAPTURE_KEY, FirstBatch, capture
+from qpass.capture.export import CAPTURE_KEY, FirstBatch, capture
 from qpass.errors import CaptureError, InputError
-from qpass.graph.record import graph_record
-from qpass.graph.regions import regions
-from qpass.graph.verify import verify
+from qpass.ir.record import graph_record
+from qpass.ir.regions import regions
+from qpass.ir.verify import verify
 
 aten = torch.ops.aten
 

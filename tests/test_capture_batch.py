@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from qpass.capture import capture
+from qpass.capture.export import capture
 from qpass.errors import InputError
 from tests.test_capture import Net, images, notes
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import gelu
 
-from qpass.capture_dynamo import DynamoCapture, from_dynamo
-from qpass.graph.edit import get_constant
-from qpass.graph.source import module_path, source_line
+from qpass.capture.dynamo import DynamoCapture, from_dynamo
+from qpass.ir.edit import get_constant
+from qpass.ir.source import module_path, source_line
 
 aten = torch.ops.aten
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qpass.capture import capture
+from qpass.capture.export import capture
 from qpass.errors import CaptureError, InputError
-from qpass.graph.record import graph_record
+from qpass.ir.record import graph_record
 
 
 @dataclass

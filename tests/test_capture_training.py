@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from interpret import operators
-from qpass.capture import capture
-from qpass.capture_training import capture_training
+from qpass.capture.export import capture
+from qpass.capture.training import capture_training
 from qpass.errors import CaptureError, InputError
-from qpass.modes import BY_MODE, Mode
+from qpass.ir.modes import BY_MODE, Mode
 from road import Do
 
 X = torch.randn(4, 6)

@@ -16,7 +16,7 @@ from torch import fx, nn
 import qpass
 from qpass.__main__ import condition, main
 from qpass.errors import InputError
-from qpass.graph.text import graph_text
+from qpass.ir.text import graph_text
 
 X = torch.linspace(-1, 1, 64).reshape(4, 16)
 

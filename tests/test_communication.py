@@ -25,8 +25,8 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import qpass
-from qpass import compress as module
 from qpass.comm import Link, Policy
+from qpass.comm.graph import compress as module
 from qpass.errors import InputError, StrictError
 
 ALL = Policy("int8", min_bytes=0)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from qpass import config as config_module
 from qpass import presets
-from qpass.config import INHERIT, Config, Override, Resolved, resolve_compute_dtype, unmatched
 from qpass.errors import ConfigError, InputError
 from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
+from qpass.spec import config as config_module
+from qpass.spec.config import INHERIT, Config, Override, Resolved, resolve_compute_dtype, unmatched
 
 A = QuantizationSpec(torch.uint8, symmetric=False)
 W = QuantizationSpec(granularity=PerChannel(0))

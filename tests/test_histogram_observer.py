@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qpass import numerics
+from qpass.arithmetic import numerics
 from qpass.observer import HistogramObserver, MinMaxObserver
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from linear_backend import SCALE, ZERO_POINT, Backend, Net, assert_equal, assert_same, qlinear
-from qpass.inductor import compile_lowered
+from qpass.backend.inductor import compile_lowered
 
 aten, onednn = torch.ops.aten, torch.ops.onednn
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.ao.quantization.utils import determine_qparams
 
-from qpass import blocks, numerics
+from qpass.arithmetic import numerics
+from qpass.arithmetic import tiling as blocks
 from qpass.ops import graph_ops as qd
 from qpass.ops import quantized_decomposed
 

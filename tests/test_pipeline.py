@@ -9,15 +9,15 @@ from torch import Tensor, fx, nn
 
 import qpass
 from interpret import operators
-from qpass.capture import capture
+from qpass.capture.export import capture
 from qpass.errors import ConvertError, VerifyError
-from qpass.graph.edit import copy_graph_module, rebuild
-from qpass.graph.record import Stage, graph_record
-from qpass.graph.text import target_name
-from qpass.graph.verify import verify
-from qpass.lower import pipeline
-from qpass.passes.frame import Pass
-from qpass.pipeline import PassRun, Pipeline
+from qpass.ir.edit import copy_graph_module, rebuild
+from qpass.ir.frame import Pass
+from qpass.ir.pipeline import PassRun, Pipeline
+from qpass.ir.record import Stage, graph_record
+from qpass.ir.text import target_name
+from qpass.ir.verify import verify
+from qpass.quantize.lower import pipeline
 from road import STATIC, Do, road
 
 aten = torch.ops.aten
@@ -119,9 +119,9 @@ def test_a_pass_that_cannot_run_stops_the_pipeline_before_it_changes_anything() 
 
 
 def test_each_pass_is_logged_with_its_count_and_time(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG, logger="qpass.pipeline"):
+    with caplog.at_level(logging.DEBUG, logger="qpass.ir.pipeline"):
         Pipeline("captured", (DropNegatives(),)).run(captured())
-    messages = [record.getMessage() for record in caplog.records if record.name == "qpass.pipeline"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "qpass.ir.pipeline"]
     assert [message.partition(" in ")[0] for message in messages] == ["drop_negatives: 2 changes"]
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from qpass.comm.policy import Policy
+from qpass.comm.policy.policy import Policy
 from watched import Watch
 
 

@@ -12,10 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 import lockstep as send
 from lockstep import lockstep, ops, traced, value
-from qpass.comm import Policy, pieces, schedule
-from qpass.comm.cost import FORMS
-from qpass.compress import compress
-from qpass.passes import join_transfers
+from qpass.comm import Policy
+from qpass.comm.eager import schedule
+from qpass.comm.graph import pieces
+from qpass.comm.graph.compress import compress
+from qpass.comm.graph.passes import join_transfers
+from qpass.comm.policy.cost import FORMS
 
 COLUMNS = 50
 ROWS = (8, 12, 116, 120, 256)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import qpass.compress
+import qpass.comm.graph.compress
 from qpass import comm
-from qpass.graph.record import NodeRecord
-from qpass.rewrite.collective import KINDS, is_other_collective, operator_of
+from qpass.comm.graph.collective import KINDS, is_other_collective, operator_of
+from qpass.ir.record import NodeRecord
 
 INT8 = comm.codec("int8")
 ALL = {"comm": comm.Policy("int8", tuple(comm.cost.FORMS), 0)}
@@ -35,21 +35,21 @@ class Watch:
         self.before: list[Counter[str]] = []
         self.after: list[Counter[str]] = []
         self.decisions: list[NodeRecord] = []
-        self.original = qpass.compress.compress
+        self.original = qpass.comm.graph.compress.compress
 
         def compress(gm: Any, *args: Any, **kwargs: Any) -> Any:
             self.before.append(counted(gm))
             result = self.original(gm, *args, **kwargs)
             self.after.append(counted(result))
-            self.decisions += qpass.compress.collectives(result)
+            self.decisions += qpass.comm.graph.compress.collectives(result)
             return result
 
-        qpass.compress.compress = compress
+        qpass.comm.graph.compress.compress = compress
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.caches.close()
-        qpass.compress.compress = self.original
+        qpass.comm.graph.compress.compress = self.original
 
 
 def counted(gm: Any) -> Counter[str]:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from qpass.errors import InputError, near
 from qpass.inspect.edits import Change, Edit, Instance, edits, instances
-from qpass.inspect.match import match
+from qpass.inspect.matching.match import match
 from qpass.inspect.nodes import NodeView, Snapshot
 from qpass.inspect.snapshot import snapshot
 
@@ -158,7 +158,7 @@ class GraphDiff:
     # ---- faces
 
     def __str__(self) -> str:
-        from qpass.inspect.diff_text import text
+        from qpass.inspect.render.diff_text import text
 
         return text(self)
 
@@ -169,43 +169,43 @@ class GraphDiff:
         return f"<GraphDiff: {counts}; {len(self.edits)} distinct edits>"
 
     def __rich__(self) -> Any:
-        from qpass.inspect.diff_text import rich_text
+        from qpass.inspect.render.diff_text import rich_text
 
         return rich_text(self)
 
     def show(self, file: IO[str] | None = None) -> None:
         """Print it, in colour where ``file`` (standard output) is a terminal, rich is installed and NO_COLOR unset."""
-        from qpass.inspect.terminal import show
+        from qpass.inspect.render.terminal import show
 
         show(self, file)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        from qpass.inspect.diff_html import html
+        from qpass.inspect.render.diff_html import html
 
         return {"text/plain": str(self), "text/html": html(self)}
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write it as one self-contained page: no script, nothing to load."""
-        from qpass.inspect.diff_html import html
-        from qpass.inspect.page import page
+        from qpass.inspect.render.diff_html import html
+        from qpass.inspect.render.page import page
 
         Path(path).write_text(page("qpass diff", html(self)), encoding="utf-8")
 
     def to_json(self) -> str:
         """All of it as JSON, keys sorted."""
-        from qpass.inspect.export import to_json
+        from qpass.inspect.render.export import to_json
 
         return to_json(self)
 
     def to_dot(self) -> str:
         """The changed nodes and their neighbours in Graphviz' language: a cluster for each distinct edit."""
-        from qpass.inspect.export import to_dot
+        from qpass.inspect.render.export import to_dot
 
         return to_dot(self)
 
     def to_model_explorer(self, folder: str | os.PathLike[str]) -> None:
         """Write both graphs, the node mapping and all metrics as files that Model Explorer opens, into ``folder``."""
-        from qpass.inspect.model_explorer import write
+        from qpass.inspect.render.model_explorer import write
 
         write(self, Path(folder))
 

@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from qpass.inspect.expression import expressions
+from qpass.inspect.matching.pairs import readers
 from qpass.inspect.nodes import NodeView, Snapshot
-from qpass.inspect.pairs import readers
-from qpass.inspect.report_text import NUMBER, path_patterns
+from qpass.inspect.render.report_text import NUMBER, path_patterns
 
 Kind = Literal["removed", "added", "rewired", "retargeted"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qpass.arithmetic.numerics import dtype_name
 from qpass.inspect.nodes import INPUT, Keyword, NodeView, Snapshot
-from qpass.numerics import dtype_name
 
 if TYPE_CHECKING:
     from qpass.inspect.edits import Change

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qpass.graph.record import NodeRecord
-from qpass.graph.source import user_line
+from qpass.ir.record import NodeRecord
+from qpass.ir.source import user_line
 
 INPUT = type("Input", (), {"__repr__": lambda _: "_"})()
 """What stands for a node in the arguments of another."""
@@ -173,7 +173,7 @@ def _is_collective(view: NodeView) -> bool:
 
 
 def _sent_in_pieces(view: NodeView) -> int:
-    """Bytes of the payload that `qpass.comm.pieces` makes itself: read off what it receives."""
+    """Bytes of the payload that `qpass.comm.graph.pieces` makes itself: read off what it receives."""
     if not view.operator.startswith("qpass.send_pieces"):
         return 0
     _, _, parts, _, world, *_ = view.template

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-import qpass.passes
-from qpass.graph.constants import Constants
-from qpass.graph.record import NodeRecord, Stage, record_of
-from qpass.graph.source import module_path, source_line
-from qpass.graph.text import target_name
-from qpass.numerics import dtype_name
+import qpass.comm.graph.passes
+import qpass.quantize.passes
+from qpass.arithmetic.numerics import dtype_name
+from qpass.ir.constants import Constants
+from qpass.ir.record import NodeRecord, Stage, record_of
+from qpass.ir.source import module_path, source_line
+from qpass.ir.text import target_name
 
-PASSES = {module.name for module in pkgutil.iter_modules(qpass.passes.__path__)}  # a pass's file is named by the pass
+_FOLDERS = (*qpass.quantize.passes.__path__, *qpass.comm.graph.passes.__path__)
+PASSES = {module.name for module in pkgutil.iter_modules(_FOLDERS)}  # a pass's file is named by the pass
 
 LOST = "a pass replaced it and did not carry its record over"
 NOT_TRIED = "no pattern of the catalogue recognised its q/dq form, so no kernel was tried"

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qpass.capture import FirstBatch
+from qpass.arithmetic.numerics import dtype_name
+from qpass.capture.export import FirstBatch
 from qpass.errors import InputError
-from qpass.fake_quantize import FakeQuantizeBase
-from qpass.graph.constants import Constants
-from qpass.graph.regions import regions
-from qpass.graph.source import module_path
-from qpass.inspect import page
 from qpass.inspect.expression import ascii_only
-from qpass.inspect.report_text import table
-from qpass.modes import FoldedWeight
-from qpass.numerics import dtype_name
-from qpass.passes.insert_observers import observers
+from qpass.inspect.render import page
+from qpass.inspect.render.report_text import table
+from qpass.ir.constants import Constants
+from qpass.ir.modes import FoldedWeight
+from qpass.ir.regions import regions
+from qpass.ir.source import module_path
+from qpass.quantize.passes.insert_observers import observers
+from qpass.spec.fake_quantize import FakeQuantizeBase
 
 BARS = 24
 """Bars of a histogram in text."""
@@ -62,7 +62,7 @@ class Ranges(tuple[Seen, ...]):
 
     def plot(self) -> Any:
         """A matplotlib figure: the histograms of the activations, the chosen range shaded."""
-        from qpass.inspect.plot import plot_ranges
+        from qpass.inspect.render.plot import plot_ranges
 
         return plot_ranges(self)
 

@@ -19,12 +19,12 @@ from torch import fx
 from torch._logging._internal import trace_log, trace_structured
 
 from qpass.errors import InputError, near
-from qpass.graph.record import Stage
 from qpass.inspect.diff import GraphDiff, diff
 from qpass.inspect.nodes import Snapshot
-from qpass.inspect.record_text import html, text
+from qpass.inspect.render.record_text import html, text
 from qpass.inspect.snapshot import snapshot
-from qpass.pipeline import WATCHERS, PassRun
+from qpass.ir.pipeline import WATCHERS, PassRun
+from qpass.ir.record import Stage
 
 log = logging.getLogger(__name__)
 

@@ -11,21 +11,21 @@ from typing import Any, overload
 import torch
 from torch import Tensor, fx
 
-from qpass.capture import CAPTURE_KEY, FirstBatch
-from qpass.communication import Communication, conclusions
-from qpass.compiled import Compiled, compilations, program_of
+from qpass.backend.compiled import Compiled, compilations, program_of
+from qpass.backend.session import Communication, conclusions
+from qpass.capture.export import CAPTURE_KEY, FirstBatch
 from qpass.errors import InputError, StrictError
-from qpass.graph.edit import get_constant
-from qpass.graph.record import GRAPH_KEY, GraphRecord
-from qpass.graph.regions import regions
-from qpass.graph.text import target_name
 from qpass.inspect.operations import Row, operations
-from qpass.inspect.report_html import html
-from qpass.inspect.report_text import render
+from qpass.inspect.render.report_html import html
+from qpass.inspect.render.report_text import render
 from qpass.inspect.sent import SENDERS, Sender, SentReport, sent_report
 from qpass.inspect.sqnr import sqnr
 from qpass.inspect.transfers import Transfer, transfers
-from qpass.rewrite.qdq import DEQUANTIZE, QUANTIZE
+from qpass.ir.edit import get_constant
+from qpass.ir.record import GRAPH_KEY, GraphRecord
+from qpass.ir.regions import regions
+from qpass.ir.text import target_name
+from qpass.islands.qdq import DEQUANTIZE, QUANTIZE
 
 
 @dataclass(frozen=True)

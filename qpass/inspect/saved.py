@@ -16,10 +16,10 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-import qpass.ops  # noqa: F401  (a file with q/dq operators opens only where they are registered)
+import qpass.arithmetic  # noqa: F401  (a file with q/dq operators opens only where they are registered)
+from qpass.arithmetic.numerics import dtype_name
 from qpass.errors import InputError
-from qpass.graph.record import NodeRecord, Stage, record_of
-from qpass.numerics import dtype_name
+from qpass.ir.record import NodeRecord, Stage, record_of
 
 EXTRA = "qpass.json"
 CUSTOM = "custom"

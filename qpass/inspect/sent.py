@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qpass.comm.ddp_hooks import DDPHook
-from qpass.comm.fsdp import FSDPCompression
-from qpass.comm.ledger import Entry
+from qpass.comm.training.ddp_hooks import DDPHook
+from qpass.comm.training.fsdp import FSDPCompression
+from qpass.comm.training.ledger import Entry
 from qpass.errors import StrictError
-from qpass.inspect import page
-from qpass.inspect.report_text import table
+from qpass.inspect.render import page
+from qpass.inspect.render.report_text import table
 
 Sender = DDPHook | FSDPCompression
 SENDERS = (DDPHook, FSDPCompression)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from qpass.capture import FirstBatch
-from qpass.compiled import compiled_graphs, program_of
+from qpass.backend.compiled import compiled_graphs, program_of
+from qpass.capture.export import FirstBatch
 from qpass.errors import InputError
-from qpass.graph.record import GRAPH_KEY
-from qpass.graph.source import module_path
-from qpass.graph.text import target_name
-from qpass.graph.verify import OBSERVER_PREFIX
 from qpass.inspect.nodes import INPUT, Keyword, NodeView, Snapshot
 from qpass.inspect.saved import kept_maker, kept_record, kept_stage, open_program
+from qpass.ir.record import GRAPH_KEY
+from qpass.ir.source import module_path
+from qpass.ir.text import target_name
+from qpass.ir.verify import OBSERVER_PREFIX
 
 _QDQ = frozenset({"quantized_decomposed"})
 _AFFINE = ("quantize_affine", "dequantize_affine", "choose_qparams_affine")  # torchao's names for the same

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from qpass.capture import FirstBatch, capture
+from qpass.capture.export import FirstBatch, capture
 from qpass.inspect.edits import absorbed
-from qpass.inspect.match import match
+from qpass.inspect.matching.match import match
 from qpass.inspect.nodes import NodeView, Snapshot
+from qpass.inspect.render.sqnr_text import html, text
 from qpass.inspect.snapshot import snapshot
-from qpass.inspect.sqnr_text import html, text
 
 BLOCK = 1 << 15
 """Values compared at once: their float64 copies stay small."""
@@ -82,7 +82,7 @@ class SqnrByNode(Mapping[str, float]):
 
     def plot(self) -> Any:
         """A matplotlib figure: dB along the graph, the worst ten by name."""
-        from qpass.inspect.plot import plot_sqnr
+        from qpass.inspect.render.plot import plot_sqnr
 
         return plot_sqnr(self)
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qpass.decisions import GraphDecisions
+from qpass.comm.graph.decisions import GraphDecisions
 
 
 @dataclass(frozen=True)

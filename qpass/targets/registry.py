@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from qpass.errors import ConfigError, near
-from qpass.targets import x86
+from qpass.targets.x86 import linear as x86
 
 TARGETS: dict[str, ModuleType] = {x86.NAME: x86}
 

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import Row, print_table, turn, write_json
 from distributed.hook_defects import Bucket
 from qpass import comm
-from qpass.ops.comm import decode_into, encode_into
+from qpass.comm.wire.operators import decode_into, encode_into
 
 MIB = 1 << 20
 CODECS = ("int8", "int6", "int4", "mxint8", "fp8_e4m3", "int8:128:bf16:hadamard", "int8:128:bf16:stochastic")

@@ -71,10 +71,10 @@ def transformer(nodes: int, *, pairs: bool, modules: bool = True, prefix: str = 
 
 
 def measure(nodes: int) -> list[Row]:
-    from qpass.graph.edit import copy_graph_module
     from qpass.inspect.diff import diff
-    from qpass.inspect.match import match
+    from qpass.inspect.matching.match import match
     from qpass.inspect.snapshot import snapshot
+    from qpass.ir.edit import copy_graph_module
 
     plain = transformer(nodes, pairs=False)
     cases = {

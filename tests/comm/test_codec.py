@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qpass import comm
-from qpass.comm.codec import NAMES, Codec
+from qpass.comm.wire import compiled as wire_compiled
+from qpass.comm.wire.codec import NAMES, Codec
+from qpass.comm.wire.format import WireFormat, parse
 from qpass.errors import ConfigError, InputError
-from qpass.ops import wire_compiled
-from qpass.ops.wire_format import WireFormat, parse
 
 FORMS = [
     *(str(codec) for codec in dict.fromkeys(NAMES.values())), "int8:512:fp32:stochastic", "int8:100:bf16",
@@ -197,7 +197,7 @@ def test_stochastic_rounding_is_right_on_average() -> None:
 
 
 def test_random_numbers_are_uniform_and_unrelated() -> None:
-    from qpass.ops.wire_kernels import uniform
+    from qpass.comm.wire.kernels import uniform
 
     index = torch.arange(1 << 16)
     u = torch.stack([uniform(index + shift, torch.tensor(seed)) for seed, shift in ((0, 0), (1, 0), (0, 1 << 33))])

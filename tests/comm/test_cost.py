@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qpass.comm
-from qpass.comm.cost import FORMS, GAIN, Link, break_even, decide, seconds, symbols
+from qpass.comm.policy.cost import FORMS, GAIN, Link, break_even, decide, seconds, symbols
 from qpass.errors import ConfigError
 
 INT8 = qpass.comm.codec("int8")

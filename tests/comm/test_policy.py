@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from qpass.comm import Feedback, Override, Policy, codec
-from qpass.comm.override import Place, Seen
-from qpass.comm.policy import policy
+from qpass.comm import Feedback, Override, Policy
+from qpass.comm.policy.override import Place, Seen
+from qpass.comm.policy.policy import policy
+from qpass.comm.wire import codec
 from qpass.errors import ConfigError
 
 

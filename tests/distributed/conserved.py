@@ -16,7 +16,7 @@ from torch.distributed import checkpoint
 from torch.nn.parallel import DistributedDataParallel
 
 import qpass
-from qpass.comm.ddp_hooks import DDPHook
+from qpass.comm.training.ddp_hooks import DDPHook
 
 
 class Branches(nn.Module):

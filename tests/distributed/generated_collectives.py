@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qpass import comm
-from qpass.compress import collectives, compress
-from qpass.graph.record import NodeRecord
-from qpass.passes.insert_codecs import InsertCodecs
-from qpass.passes.lower_collectives import LowerCollectives
-from qpass.rewrite.collective import KINDS
+from qpass.comm.graph.collective import KINDS
+from qpass.comm.graph.compress import collectives, compress
+from qpass.comm.graph.passes.insert_codecs import InsertCodecs
+from qpass.comm.graph.passes.lower_collectives import LowerCollectives
+from qpass.ir.record import NodeRecord
 from ranks import everywhere
 
 ops = torch.ops._c10d_functional

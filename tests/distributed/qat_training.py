@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qpass
-from qpass.fake_quantize import FakeQuantizeBase, synchronize
+from qpass.fake_quantize import FakeQuantizeBase
 from qpass.presets import int8_qat
+from qpass.spec.fake_quantize import synchronize
 
 ROWS, STEPS = 8, 3
 

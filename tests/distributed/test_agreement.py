@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import ranks
 from qpass import comm
-from qpass.comm import agreement
+from qpass.comm.eager import agreement
 from qpass.errors import AgreementError, ConfigError, InputError
 
 CASES = [

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import ranks
 from qpass import comm
-from qpass.comm import agreement
+from qpass.comm.eager import agreement
 from qpass.errors import AgreementError
 
 TIMEOUT = 4.0

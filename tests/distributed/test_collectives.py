@@ -13,8 +13,8 @@ from torch import Tensor
 
 import ranks
 from qpass import comm
-from qpass.comm import schedule
-from qpass.comm.codec import NAMES
+from qpass.comm.eager import schedule
+from qpass.comm.wire.codec import NAMES
 from qpass.errors import AgreementError
 
 CODECS = [

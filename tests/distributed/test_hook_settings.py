@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ranks
 from distributed.hook_defects import Bucket
 from qpass import comm
-from qpass.comm import agreement
+from qpass.comm.eager import agreement
 from qpass.errors import AgreementError
 
 CASES = ["another_codec", "another_warm_up", "feedback_here_alone", "the_same_again", "no_hook_elsewhere"]

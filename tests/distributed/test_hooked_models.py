@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import qpass.comm
 import ranks
-from qpass.comm import hook_state
+from qpass.comm.training import hook_state
 from qpass.errors import AgreementError
 from watched import value
 

@@ -14,7 +14,7 @@ from distributed.on_ranks import on_ranks
 
 def calibrated() -> tuple[Any, str]:
     """A link measured with tensors too small to compile kernels for, and what it decides."""
-    qpass.comm.calibrate.LARGE = 1 << 15
+    qpass.comm.eager.calibrate.LARGE = 1 << 15
     link = qpass.comm.calibrate_link(codec="int4")
     return link, str(qpass.comm.decide("all_gather", 1 << 20, torch.float32, 2, qpass.comm.codec("int4"), link))
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
+from qpass.ir.match import normalized
+from qpass.islands.views import JOINS, MONOTONE, MOVES
 from qpass.ops import graph_ops as qd
-from qpass.rewrite.match import normalized
-from qpass.rewrite.views import JOINS, MONOTONE, MOVES
 
 aten = torch.ops.aten
 

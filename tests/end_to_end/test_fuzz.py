@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 import qpass
 from end_to_end.bound import bounds
 from end_to_end.generate import BATCH, CONFIGS, Case, generate
-from qpass.graph.edit import get_constant
+from qpass.ir.edit import get_constant
 
 COUNT, GROUP = 300, 25
 ONLY = os.environ.get("QPASS_FUZZ_SEED")

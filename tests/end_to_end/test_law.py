@@ -20,12 +20,12 @@ import qpass
 from interpret import assert_true_vals
 from law import compare_kernels
 from models import MODELS, fresh_inputs
-from qpass.config import Config
-from qpass.graph.edit import Editor
+from qpass.ir.edit import Editor
+from qpass.islands.island import IslandMatch, Output
 from qpass.presets import int8_dynamic, int8_static, int8_weight_only
-from qpass.rewrite.island import IslandMatch, Output
-from qpass.targets import x86
-from qpass.targets.packing import packed
+from qpass.spec.config import Config
+from qpass.targets.x86 import linear as x86
+from qpass.targets.x86.packing import packed
 from road import PER_TOKEN, STATIC, Do, kernel_names, same
 
 CONFIGS: dict[str, Config] = {

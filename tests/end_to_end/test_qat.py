@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import qpass
 from law import compare_kernels
 from qpass.fake_quantize import disable_fake_quant, freeze_batch_norm_stats, freeze_observers
-from qpass.modes import BatchNorm, ByMode, Dropout
+from qpass.ir.modes import BatchNorm, ByMode, Dropout
 from qpass.presets import int8_qat
 from road import Do, kernel_names
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qpass
 from interpret import operators
-from qpass.config import Config
+from qpass.spec.config import Config
 from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, kernel_names, road, same
 
 CONFIGS = {"static": STATIC, "tensor": PER_TENSOR, "token": PER_TOKEN, "weight only": WEIGHT_ONLY}

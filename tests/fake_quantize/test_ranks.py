@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from qpass.errors import ConfigError
-from qpass.fake_quantize import FakeQuantize, LearnableFakeQuantize, synchronize
+from qpass.fake_quantize import FakeQuantize, LearnableFakeQuantize
 from qpass.observer import (
     HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
 )
+from qpass.spec.fake_quantize import synchronize
 
 ROWS, STEPS = 8, 4
 

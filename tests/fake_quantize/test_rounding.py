@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from qpass import numerics
+from qpass.arithmetic import numerics
+from qpass.arithmetic.decompositions import table
 from qpass.fake_quantize import FakeQuantize
 from qpass.observer import (
     MinMaxObserver,
@@ -20,8 +21,8 @@ from qpass.observer import (
     PerGroupMinMaxObserver,
     PlaceholderObserver,
 )
-from qpass.ops.decompositions import table
-from qpass.spec import Granularity, PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
+from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
+from qpass.spec.quantization_spec import Granularity
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 RANGES = {

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from qpass.capture import capture
-from qpass.graph.constants import Constants, expression, is_pure
-from qpass.graph.origins import Derived, derived_constants
+from qpass.capture.export import capture
+from qpass.ir.constants import Constants, expression, is_pure
+from qpass.ir.origins import Derived, derived_constants
 from road import Do
 
 

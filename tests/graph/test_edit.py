@@ -8,8 +8,8 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from interpret import assert_true_vals, operators
-from qpass.capture import capture
-from qpass.graph.edit import (
+from qpass.capture.export import capture
+from qpass.ir.edit import (
     INHERITED,
     Editor,
     copy_graph_module,
@@ -20,8 +20,8 @@ from qpass.graph.edit import (
     rebuild,
     set_constant,
 )
-from qpass.graph.fake import fake_call, fake_mode_of, refresh_val
-from qpass.graph.module import Draft
+from qpass.ir.fake import fake_call, fake_mode_of, refresh_val
+from qpass.ir.module import Draft
 from road import Do
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from torch import nn
 
 import qpass
 from qpass.errors import InputError
-from qpass.graph.exporting import WARNED_KEY, ExportWarning, warn_of_export
+from qpass.ir.exporting import WARNED_KEY, ExportWarning, warn_of_export
 from road import PER_TOKEN, STATIC
 
 X = torch.randn(4, 8)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 
-from qpass.graph.guard import guard_inputs
-from qpass.graph.text import graph_text
-from qpass.graph.verify import verify
+from qpass.ir.guard import guard_inputs
+from qpass.ir.text import graph_text
+from qpass.ir.verify import verify
 
 
 class Scaled(nn.Module):

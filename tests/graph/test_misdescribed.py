@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qpass.graph.misdescribed import MISDESCRIBED, correct_vals, spell_out
+from qpass.capture.misdescribed import MISDESCRIBED, correct_vals, spell_out
 
 
 def traced(x: Tensor) -> fx.GraphModule:

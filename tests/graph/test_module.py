@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import qpass
-from qpass.graph.module import GraphModule
-from qpass.graph.record import graph_record
+from qpass.ir.module import GraphModule
+from qpass.ir.record import graph_record
 from road import STATIC, Do, same
 
 X = torch.randn(4, 8)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import export
 
-from qpass.graph.normalize import drop_noops, eliminate_dead, functionalize_inplace, normalize
-from qpass.graph.text import graph_text
+from qpass.ir.normalize import drop_noops, eliminate_dead, functionalize_inplace, normalize
+from qpass.ir.text import graph_text
 
 aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], int]

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qpass.graph.normalize import drop_noops, eliminate_dead, functionalize_inplace
+from qpass.ir.normalize import drop_noops, eliminate_dead, functionalize_inplace
 
 aten = torch.ops.aten
 

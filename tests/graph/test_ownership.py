@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qpass.graph.ownership import own_tensors
+from qpass.ir.ownership import own_tensors
 
 
 class Aliases(nn.Module):

@@ -10,9 +10,9 @@ from torch._higher_order_ops import scan
 from torch.export import Dim, export
 from torch.utils._pytree import tree_leaves
 
-from qpass.graph.regions import inline_set_grad, regions, sink_constants
-from qpass.graph.source import module_path, module_stack
-from qpass.graph.text import graph_text
+from qpass.ir.regions import inline_set_grad, regions, sink_constants
+from qpass.ir.source import module_path, module_stack
+from qpass.ir.text import graph_text
 
 
 class Two(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lockstep import traced, value
-from qpass.graph.edit import Editor
-from qpass.graph.sizes import argument, is_data_dependent, is_known, is_symbolic, product, sizes, total, value_of
+from qpass.ir.edit import Editor
+from qpass.ir.sizes import argument, is_data_dependent, is_known, is_symbolic, product, sizes, total, value_of
 
 
 def test_what_is_known_makes_no_nodes() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from qpass.graph.source import clean_path, module_path, module_stack, source_line, user_line, where
+from qpass.ir.source import clean_path, module_path, module_stack, source_line, user_line, where
 
 
 class Block(nn.Module):

@@ -5,8 +5,8 @@ import operator
 import torch
 from torch import fx, nn
 
-from qpass.capture import capture
-from qpass.graph.text import graph_text, target_name
+from qpass.capture.export import capture
+from qpass.ir.text import graph_text, target_name
 from road import STATIC, Do, road
 
 

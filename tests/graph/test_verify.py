@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import fx, nn
 
-from qpass.capture import capture
+from qpass.capture.export import capture
 from qpass.errors import VerifyError
-from qpass.graph.edit import Editor
-from qpass.graph.record import STAGES
-from qpass.graph.verify import verify
+from qpass.ir.edit import Editor
+from qpass.ir.record import STAGES
+from qpass.ir.verify import verify
 from qpass.ops import graph_ops as ops
 from road import Do, road
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 
 import qpass
-from qpass.capture import capture
+from qpass.capture.export import capture
 from qpass.errors import InputError
-from qpass.graph.edit import copy_graph_module
 from qpass.inspect.diff import GraphDiff
 from qpass.inspect.snapshot import snapshot
+from qpass.ir.edit import copy_graph_module
 
 aten = torch.ops.aten
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import qpass
-from qpass.capture import capture
-from qpass.targets import x86
+from qpass.capture.export import capture
+from qpass.targets.x86 import linear as x86
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -20,10 +20,10 @@ from torch import Tensor, fx, nn
 
 import qpass
 from benchmarks.diff import transformer
-from qpass.capture import capture
-from qpass.graph.record import NodeRecord, graph_record, set_record
+from qpass.capture.export import capture
 from qpass.inspect.diff import GraphDiff
-from qpass.inspect.page import page
+from qpass.inspect.render.page import page
+from qpass.ir.record import NodeRecord, graph_record, set_record
 
 TAGS = {
     "html", "head", "meta", "title", "body", "div", "p", "b", "span", "small", "code", "pre", "br", "img",
@@ -246,7 +246,7 @@ def test_a_picture_shows_every_node_once_above_its_readers(installed: bool, monk
         import sys
 
         monkeypatch.setitem(sys.modules, "fast_sugiyama", None)
-    from qpass.inspect.layout import layered
+    from qpass.inspect.render.layout import layered
 
     edges = [(0, 2), (1, 2), (2, 3), (2, 4), (3, 5), (4, 5), (0, 5)]
     places = layered(7, edges, 10, 20)

@@ -18,14 +18,14 @@ from torch.export import ExportedProgram, default_decompositions, export
 import qpass
 from interpret import values
 from models import MODELS
-from qpass.capture import capture
-from qpass.graph.edit import copy_graph_module
-from qpass.inspect.match import match
+from qpass.capture.export import capture
+from qpass.inspect.matching.match import match
 from qpass.inspect.nodes import NodeView, Snapshot
 from qpass.inspect.snapshot import snapshot
-from qpass.passes.annotate import Annotate
-from qpass.passes.fold_batch_norm import FoldBatchNorm
-from qpass.passes.fold_constants import FoldConstants
+from qpass.ir.edit import copy_graph_module
+from qpass.quantize.passes.annotate import Annotate
+from qpass.quantize.passes.fold_batch_norm import FoldBatchNorm
+from qpass.quantize.passes.fold_constants import FoldConstants
 
 STATIC = (
     replace(  # extremes: choosing a range from a histogram takes most of the time of convert, and plays no part here

@@ -19,8 +19,8 @@ from torch import fx, nn
 
 import qpass
 from qpass.errors import InputError
-from qpass.graph.edit import copy_graph_module
-from qpass.stages import convert_graph
+from qpass.ir.edit import copy_graph_module
+from qpass.quantize.stages import convert_graph
 
 aten = torch.ops.aten
 record_module: Any = sys.modules["qpass.inspect.record"]  # `qpass.inspect.record` is the function

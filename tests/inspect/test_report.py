@@ -12,11 +12,11 @@ from torch import nn
 
 import qpass
 from qpass.errors import CaptureError, InputError, StrictError
-from qpass.graph.record import NodeRecord, graph_record, record_of, set_record
-from qpass.graph.text import graph_text, target_name
 from qpass.inspect import Report, Row, report_graphs
-from qpass.inspect.report_text import path_patterns
-from qpass.targets import x86
+from qpass.inspect.render.report_text import path_patterns
+from qpass.ir.record import NodeRecord, graph_record, record_of, set_record
+from qpass.ir.text import graph_text, target_name
+from qpass.targets.x86 import linear as x86
 
 
 class Net(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import qpass
-from qpass.passes.recognise_islands import CONVERTED_IN_FLOAT
-from qpass.targets import x86
+from qpass.quantize.passes.recognise_islands import CONVERTED_IN_FLOAT
+from qpass.targets.x86 import linear as x86
 
 pytestmark = pytest.mark.skipif(bool(x86.missing()), reason=f"no int8 kernels here: {x86.missing()}")
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))

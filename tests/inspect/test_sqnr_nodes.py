@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 import qpass
 from interpret import values
-from qpass.capture import capture
-from qpass.config import Config
-from qpass.graph.edit import copy_graph_module
+from qpass.capture.export import capture
 from qpass.inspect import ranges
 from qpass.inspect.sqnr_nodes import SqnrByNode
+from qpass.ir.edit import copy_graph_module
+from qpass.spec.config import Config
 
 aten = torch.ops.aten
 quantized = torch.ops.quantized_decomposed

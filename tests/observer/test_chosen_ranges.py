@@ -9,7 +9,7 @@ import torch
 import torch.ao.quantization as torchs
 
 import qpass.observer as observers
-from qpass import numerics
+from qpass.arithmetic import numerics
 from qpass.errors import CalibrationError, ConfigError
 from qpass.observer import (
     FixedQParamsObserver,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hard_values import ROWS, hard_values
-from qpass.numerics import CODE_RANGES, EPS
+from qpass.arithmetic.numerics import CODE_RANGES, EPS
 from qpass.ops import graph_ops
 from qpass.ops import quantized_decomposed as ops
 from random_calls import FLOATS
@@ -162,7 +162,7 @@ def test_training_compiles_as_one_graph(backend: str) -> None:
 USES = """
 import sys, torch
 from qpass.ops import quantized_decomposed
-from qpass.ops.decomposed import overload
+from qpass.arithmetic.decomposed import overload
 from random_calls import calls
 from torch.utils._pytree import tree_leaves
 from test_compiled import differing

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from qpass.ops import decomposed
-from qpass.ops.decomposed import OPERATORS, graph_ops, overload, register
+from qpass.arithmetic import decomposed
+from qpass.arithmetic.decomposed import OPERATORS, graph_ops, overload, register
 
 
 def test_the_namespace_is_torchs() -> None:
@@ -33,7 +33,7 @@ def test_operators_are_defined_where_torch_has_none() -> None:
 import sys, torch
 sys.modules["torch.ao.quantization.fx._decomposed"] = None
 sys.modules["torchao.quantization.pt2e"] = None
-from qpass.ops.decomposed import OPERATORS, overload, graph_ops as qd, _library
+from qpass.arithmetic.decomposed import OPERATORS, overload, graph_ops as qd, _library
 assert _library is not None
 assert all(str(overload(name)._schema) == f"quantized_decomposed::{name}{OPERATORS[name][0]}" for name in OPERATORS)
 x = torch.tensor([0.5, 1.5, -9.0])

@@ -11,12 +11,13 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hard_values import ROWS, hard_values
+from qpass.arithmetic import kernels
+from qpass.arithmetic.choose import choose_qparams, choose_qparams_per_token, choose_qparams_per_token_asymmetric
+from qpass.arithmetic.decomposed import OPERATORS, overload
+from qpass.arithmetic.decompositions import table
 from qpass.errors import InputError
-from qpass.ops import graph_ops, kernels, quantized_decomposed
+from qpass.ops import graph_ops, quantized_decomposed
 from qpass.ops import graph_ops as qd
-from qpass.ops.choose import choose_qparams, choose_qparams_per_token, choose_qparams_per_token_asymmetric
-from qpass.ops.decomposed import OPERATORS, overload
-from qpass.ops.decompositions import table
 
 BOUNDS = [(torch.int8, -128, 127), (torch.uint8, 0, 255), (torch.int8, -8, 7)]
 EPS = torch.finfo(torch.float32).eps

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qpass.numerics import FLOAT8_RANGES, RANGES
+from qpass.arithmetic.numerics import FLOAT8_RANGES, RANGES
 from qpass.ops import quantized_decomposed as ops
 
 NARROW = [dtype for dtype in RANGES if dtype != torch.int32]
@@ -31,7 +31,7 @@ def inverse(scale: float) -> Fraction:
 
 
 def exact_code(x: float, low: int, high: int) -> int:
-    """The arithmetic of `qpass.numerics` in rational numbers: one float32 product, one rounding, saturation."""
+    """The arithmetic of `qpass.arithmetic.numerics` in rational numbers: one float32 product, one rounding, saturation."""
     return min(max(round(float32(Fraction(x) * INVERSE)) + ZERO_POINT, low), high)
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qpass.comm import Feedback, codec
+from qpass.comm import Feedback
+from qpass.comm.wire import codec
+from qpass.comm.wire import operators as comm
+from qpass.comm.wire.operators import FORMULAS
 from qpass.errors import ConfigError, InputError
-from qpass.ops import comm
-from qpass.ops.comm import FORMULAS
 
 ops = torch.ops.qpass
 FORMS = ["int4:32:bf16", "int8:128:bf16:hadamard", "fp8_e4m3", "bf16"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qpass.numerics import FLOAT8_RANGES
+from qpass.arithmetic import straight_through
+from qpass.arithmetic.numerics import FLOAT8_RANGES
 from qpass.ops import quantized_decomposed as ops
-from qpass.ops import straight_through
 
 LOW, HIGH = -8, 7
 

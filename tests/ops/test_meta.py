@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._pytree import tree_leaves
 
+from qpass.arithmetic.decomposed import OPERATORS, overload
 from qpass.errors import InputError
 from qpass.ops import quantized_decomposed
-from qpass.ops.decomposed import OPERATORS, overload
 from random_calls import Call, calls
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qpass.numerics import EPS, FLOAT8_RANGES
+from qpass.arithmetic.numerics import EPS, FLOAT8_RANGES
 from qpass.ops import graph_ops, quantized_decomposed
 
 I8, I4, I32 = (-128, 127, torch.int8), (-8, 7, torch.int8), (-(2**31), 2**31 - 1, torch.int32)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from once import run_once
-from qpass.capture import capture
-from qpass.config import Config
-from qpass.graph.record import graph_record
-from qpass.graph.regions import regions
-from qpass.passes.annotate import EDGES, FOLD, ISLAND, Annotate
-from qpass.rewrite.match import Matcher
+from qpass.capture.export import capture
+from qpass.ir.match import Matcher
+from qpass.ir.record import graph_record
+from qpass.ir.regions import regions
+from qpass.quantize.passes.annotate import EDGES, FOLD, ISLAND, Annotate
+from qpass.spec.config import Config
 from road import PER_TOKEN, STATIC, WEIGHT_ONLY, Do, records
 
 

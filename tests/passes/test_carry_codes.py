@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 
 from interpret import operators
 from once import run_once
-from qpass.capture import capture
-from qpass.graph.record import record_of
+from qpass.capture.export import capture
+from qpass.ir.record import record_of
 from qpass.ops import graph_ops as ops
-from qpass.passes.carry_codes import CarryCodes
+from qpass.quantize.passes.carry_codes import CarryCodes
 from road import Do, road
 
 FIRST = (0.1, 7, 0, 255, torch.uint8)

@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 import qpass
 from interpret import operators
 from once import run_once
-from qpass.capture import capture
-from qpass.passes.annotate import Annotate
-from qpass.passes.assign_compute_dtype import AS_IT_COMES, COMPUTE_DTYPE, AssignComputeDtype
-from qpass.passes.cast_compute_dtype import CastComputeDtype
+from qpass.capture.export import capture
 from qpass.presets import int8_static
+from qpass.quantize.passes.annotate import Annotate
+from qpass.quantize.passes.assign_compute_dtype import AS_IT_COMES, COMPUTE_DTYPE, AssignComputeDtype
+from qpass.quantize.passes.cast_compute_dtype import CastComputeDtype
 from road import STATIC, Do, kernel_names, records, road
 
 BFLOAT16 = int8_static(compute_dtype=torch.bfloat16)

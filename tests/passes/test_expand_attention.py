@@ -9,11 +9,11 @@ from torch import Tensor, fx, nn
 
 from interpret import operators
 from once import run_once
-from qpass.capture import capture
-from qpass.graph.record import record_of
-from qpass.passes.annotate import Annotate
-from qpass.passes.assign_compute_dtype import AssignComputeDtype
-from qpass.passes.expand_attention import EXPAND, LONGEST, ExpandAttention
+from qpass.capture.export import capture
+from qpass.ir.record import record_of
+from qpass.quantize.passes.annotate import Annotate
+from qpass.quantize.passes.assign_compute_dtype import AssignComputeDtype
+from qpass.quantize.passes.expand_attention import EXPAND, LONGEST, ExpandAttention
 from road import STATIC, Do
 
 aten = torch.ops.aten

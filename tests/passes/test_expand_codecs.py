@@ -5,11 +5,11 @@ import torch
 
 import lockstep as send
 from lockstep import lockstep, traced, value
-from qpass.comm.policy import Policy
-from qpass.ops.comm import FORMULAS
-from qpass.passes.expand_codecs import ExpandCodecs
-from qpass.passes.insert_codecs import InsertCodecs
-from qpass.passes.lower_collectives import LowerCollectives
+from qpass.comm.graph.passes.expand_codecs import ExpandCodecs
+from qpass.comm.graph.passes.insert_codecs import InsertCodecs
+from qpass.comm.graph.passes.lower_collectives import LowerCollectives
+from qpass.comm.policy.policy import Policy
+from qpass.comm.wire.operators import FORMULAS
 
 
 @pytest.mark.parametrize(

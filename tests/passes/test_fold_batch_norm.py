@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 
 from interpret import operators
 from once import run_once
-from qpass.capture import capture
-from qpass.graph.constants import Constants
-from qpass.passes.annotate import Annotate
-from qpass.passes.fold_batch_norm import FoldBatchNorm
-from qpass.passes.insert_observers import InsertObservers
+from qpass.capture.export import capture
+from qpass.ir.constants import Constants
+from qpass.quantize.passes.annotate import Annotate
+from qpass.quantize.passes.fold_batch_norm import FoldBatchNorm
+from qpass.quantize.passes.insert_observers import InsertObservers
 from road import STATIC, Do, kernel_names, road
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, fx, nn
 
 from interpret import operators
 from once import run_once
-from qpass.capture import capture
-from qpass.graph.origins import derived_constants
-from qpass.passes.fold_constants import FoldConstants
+from qpass.capture.export import capture
+from qpass.ir.origins import derived_constants
+from qpass.quantize.passes.fold_constants import FoldConstants
 from road import Do, road
 
 

@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, dataclass
 import pytest
 from torch import fx
 
-from qpass.passes.frame import Pass
+from qpass.ir.frame import Pass
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from torch import Tensor, fx, nn
 
 from interpret import operators
 from once import run_once
-from qpass.capture import capture
-from qpass.passes.hoist_casts import HoistCasts
+from qpass.capture.export import capture
 from qpass.presets import int8_static
+from qpass.quantize.passes.hoist_casts import HoistCasts
 from road import Do, kernel_names, road
 
 X = torch.randn(2, 6, 8)

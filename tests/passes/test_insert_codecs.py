@@ -9,11 +9,11 @@ from torch import Tensor, fx
 
 import lockstep as send
 from lockstep import coded, lockstep, text, traced, value
-from qpass.comm.cost import FORMS, Link
-from qpass.comm.policy import Policy
-from qpass.graph.record import NodeRecord, record_of
-from qpass.passes.insert_codecs import InsertCodecs
-from qpass.rewrite.collective import KINDS, WORLD_KEY, is_other_collective
+from qpass.comm.graph.collective import KINDS, WORLD_KEY, is_other_collective
+from qpass.comm.graph.passes.insert_codecs import InsertCodecs
+from qpass.comm.policy.cost import FORMS, Link
+from qpass.comm.policy.policy import Policy
+from qpass.ir.record import NodeRecord, record_of
 
 ALL = Policy("int8", tuple(FORMS), 0)
 ROUND = ["encode = encode(x, int8:128:bf16)", "decode = decode(encode, 200, float32, int8:128:bf16)"]

@@ -7,14 +7,14 @@ from torch import Tensor, fx, nn
 
 from interpret import operators
 from once import run_once
-from qpass.capture_training import capture_training
-from qpass.config import Config
-from qpass.passes.annotate import Annotate
-from qpass.passes.insert_modes import InsertModes
-from qpass.passes.insert_observers import InsertObservers
-from qpass.passes.remove_modes import RemoveModes
-from qpass.passes.set_dropout_aside import SetDropoutAside
+from qpass.capture.training import capture_training
 from qpass.presets import int8_qat
+from qpass.quantize.passes.annotate import Annotate
+from qpass.quantize.passes.insert_modes import InsertModes
+from qpass.quantize.passes.insert_observers import InsertObservers
+from qpass.quantize.passes.remove_modes import RemoveModes
+from qpass.quantize.passes.set_dropout_aside import SetDropoutAside
+from qpass.spec.config import Config
 from road import STATIC, Do
 
 QAT = int8_qat(compute_dtype=None)

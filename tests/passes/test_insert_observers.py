@@ -7,12 +7,12 @@ from torch import Tensor, fx, nn
 
 from interpret import operators
 from once import run_once
-from qpass.capture import capture
-from qpass.config import Config
+from qpass.capture.export import capture
 from qpass.observer import HistogramObserver, PerChannelMinMaxObserver
-from qpass.passes.annotate import Annotate
-from qpass.passes.insert_observers import InsertObservers, observers
+from qpass.quantize.passes.annotate import Annotate
+from qpass.quantize.passes.insert_observers import InsertObservers, observers
 from qpass.spec import PerTensor, QuantizationSpec
+from qpass.spec.config import Config
 from road import PER_TENSOR, STATIC, Do
 
 

@@ -12,18 +12,19 @@ from torch.library import opcheck
 
 import lockstep as send
 from lockstep import lockstep, ops, text, traced, value
-from qpass.comm import Policy, schedule
-from qpass.comm.cost import FORMS
-from qpass.comm.joined import CUT, JOIN
-from qpass.compress import collectives, compress
+from qpass.comm import Policy
+from qpass.comm.eager import schedule
+from qpass.comm.graph.coded import ENCODE_FED, ENCODERS
+from qpass.comm.graph.collective import KINDS, WAIT
+from qpass.comm.graph.compress import collectives, compress
+from qpass.comm.graph.joined import CUT, JOIN
+from qpass.comm.graph.passes import join_transfers
+from qpass.comm.graph.passes.join_transfers import JoinTransfers
+from qpass.comm.graph.passes.lower_collectives import LowerCollectives
+from qpass.comm.graph.passes.resolve_sizes import ResolveSizes
+from qpass.comm.policy.cost import FORMS
+from qpass.comm.wire.feedback import Feedback
 from qpass.inspect.snapshot import snapshot
-from qpass.ops.feedback import Feedback
-from qpass.passes import join_transfers
-from qpass.passes.join_transfers import JoinTransfers
-from qpass.passes.lower_collectives import LowerCollectives
-from qpass.passes.resolve_sizes import ResolveSizes
-from qpass.rewrite.coded import ENCODE_FED, ENCODERS
-from qpass.rewrite.collective import KINDS, WAIT
 
 aten = torch.ops.aten
 ALL = Policy("int8", tuple(FORMS), 0)

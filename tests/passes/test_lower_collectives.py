@@ -6,12 +6,12 @@ from torch import Tensor
 
 import lockstep as send
 from lockstep import coded, lockstep, text, traced, value
-from qpass.comm import schedule
-from qpass.comm.policy import Policy
-from qpass.graph.record import record_of
-from qpass.passes.insert_codecs import InsertCodecs
-from qpass.passes.lower_collectives import LowerCollectives
-from qpass.rewrite.collective import KINDS
+from qpass.comm.eager import schedule
+from qpass.comm.graph.collective import KINDS
+from qpass.comm.graph.passes.insert_codecs import InsertCodecs
+from qpass.comm.graph.passes.lower_collectives import LowerCollectives
+from qpass.comm.policy.policy import Policy
+from qpass.ir.record import record_of
 
 ALL = Policy("int8", min_bytes=0)
 

@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 import qpass
 from interpret import operators
 from once import run_once
-from qpass.config import Config
 from qpass.errors import StrictError
-from qpass.graph.origins import derived_constants
+from qpass.ir.origins import derived_constants
 from qpass.ops import graph_ops as ops
-from qpass.passes.carry_codes import CarryCodes
-from qpass.passes.lower_islands import LowerIslands
+from qpass.quantize.passes.carry_codes import CarryCodes
+from qpass.quantize.passes.lower_islands import LowerIslands
+from qpass.spec.config import Config
 from road import PER_TOKEN, STATIC, Do, kernel_names, records, road
 
 
@@ -95,7 +95,7 @@ def test_an_island_that_prepare_would_not_have_made_says_why_it_stays() -> None:
 
 
 def test_strict_turns_what_has_no_kernel_into_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qpass.targets import x86
+    from qpass.targets.x86 import linear as x86
 
     monkeypatch.setattr(x86, "missing", lambda: "this machine has none of them")
     gm = quantized(nn.Linear(16, 8), x := torch.randn(4, 16))

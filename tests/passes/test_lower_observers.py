@@ -7,16 +7,16 @@ from torch import Tensor, fx, nn
 import qpass
 from interpret import operators
 from once import run_once
-from qpass.capture import capture
-from qpass.config import Config
+from qpass.capture.export import capture
 from qpass.errors import CalibrationError
-from qpass.graph.origins import derived_constants
+from qpass.ir.origins import derived_constants
 from qpass.observer import MinMaxObserver
-from qpass.passes.annotate import Annotate
-from qpass.passes.insert_observers import InsertObservers
-from qpass.passes.lower_observers import LowerObservers, quantized_parts
 from qpass.presets import int8_weight_only
+from qpass.quantize.passes.annotate import Annotate
+from qpass.quantize.passes.insert_observers import InsertObservers
+from qpass.quantize.passes.lower_observers import LowerObservers, quantized_parts
 from qpass.spec import PerChannel, PerGroup, PerTensor, QuantizationSpec
+from qpass.spec.config import Config
 from road import PER_TENSOR, PER_TOKEN, STATIC, Do
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 import qpass
 from interpret import operators
 from once import run_once
-from qpass.config import Config
-from qpass.graph.record import record_of
-from qpass.passes.merge_siblings import MergeSiblings
+from qpass.ir.record import record_of
 from qpass.presets import int8_static
+from qpass.quantize.passes.merge_siblings import MergeSiblings
+from qpass.spec.config import Config
 from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, kernel_names, road
 
 SIBLINGS = {"a": nn.Linear(16, 8), "b": nn.Linear(16, 4), "c": nn.Linear(16, 8)}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lockstep as send
 from lockstep import lockstep, ops, text, traced, value
-from qpass.passes.resolve_sizes import ResolveSizes
+from qpass.comm.graph.passes.resolve_sizes import ResolveSizes
 
 
 def from_received(x: Tensor) -> Tensor:

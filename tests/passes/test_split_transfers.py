@@ -11,13 +11,15 @@ from torch import Tensor, fx
 
 import lockstep as send
 from lockstep import lockstep, text, traced, value
-from qpass.comm import Policy, pieces, schedule
-from qpass.comm.cost import FORMS
-from qpass.compress import collectives, compress
+from qpass.comm import Policy
+from qpass.comm.eager import schedule
+from qpass.comm.graph import pieces
+from qpass.comm.graph.collective import WAIT
+from qpass.comm.graph.compress import collectives, compress
+from qpass.comm.graph.passes.resolve_sizes import ResolveSizes
+from qpass.comm.graph.passes.split_transfers import SplitTransfers
+from qpass.comm.policy.cost import FORMS
 from qpass.inspect.snapshot import snapshot
-from qpass.passes.resolve_sizes import ResolveSizes
-from qpass.passes.split_transfers import SplitTransfers
-from qpass.rewrite.collective import WAIT
 
 aten = torch.ops.aten
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, fx
 
 from lockstep import all_gather, applied, coded, lockstep, text, traced, value, wait
-from qpass.graph.record import record_of
-from qpass.patterns.all_gather import CastBeforeGather, GatherPayloads
-from qpass.rewrite.collective import KINDS, ops
+from qpass.comm.graph.collective import KINDS, ops
+from qpass.comm.graph.rules.all_gather import CastBeforeGather, GatherPayloads
+from qpass.ir.record import record_of
 
 PRIMS = torch.ops.prims
 

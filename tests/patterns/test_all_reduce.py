@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lockstep import all_reduce, applied, coded, lockstep, text, traced, value
-from qpass.comm.codec import codec
-from qpass.patterns.all_reduce import AllReduceOneShot, AllReduceTwoShot
-from qpass.rewrite.collective import WORLD_KEY
+from qpass.comm.graph.collective import WORLD_KEY
+from qpass.comm.graph.rules.all_reduce import AllReduceOneShot, AllReduceTwoShot
+from qpass.comm.wire.codec import codec
 
 
 def test_one_shot() -> None:

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from lockstep import all_to_all, applied, coded, lockstep, ops, text, traced, value, wait
-from qpass.comm.policy import Policy
-from qpass.passes.insert_codecs import InsertCodecs
-from qpass.patterns.all_to_all import ExchangeParts, ExchangePayloads, ExchangeRows
-from qpass.rewrite.rule import Rule
+from qpass.comm.graph.passes.insert_codecs import InsertCodecs
+from qpass.comm.graph.rules.all_to_all import ExchangeParts, ExchangePayloads, ExchangeRows
+from qpass.comm.policy.policy import Policy
+from qpass.ir.rule import Rule
 
 INT8 = Policy("int8", "all_to_all", 0)
 

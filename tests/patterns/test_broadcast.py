@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lockstep import applied, broadcast, coded, lockstep, text, traced, value
-from qpass.patterns.broadcast import BroadcastPayload
+from qpass.comm.graph.rules.broadcast import BroadcastPayload
 
 
 def test_the_payload_is_sent_instead_of_the_values() -> None:

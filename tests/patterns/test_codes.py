@@ -9,14 +9,14 @@ from torch import Tensor, fx
 
 import lockstep as send
 from lockstep import applied, lockstep, ops, text, traced, value
-from qpass.graph.record import record_of
+from qpass.comm.graph.collective import KINDS
+from qpass.comm.graph.passes.lower_collectives import LowerCollectives
+from qpass.comm.graph.rules.codes import GatherScales, MoveCodes, QuantizeBeforeGather
+from qpass.comm.graph.shared import SHARED_KEY
+from qpass.ir.record import record_of
+from qpass.ir.rule import Rule
 from qpass.ops import graph_ops
-from qpass.passes.carry_codes import CarryCodes
-from qpass.passes.lower_collectives import LowerCollectives
-from qpass.patterns.codes import GatherScales, MoveCodes, QuantizeBeforeGather
-from qpass.rewrite.collective import KINDS
-from qpass.rewrite.rule import Rule
-from qpass.rewrite.shared import SHARED_KEY
+from qpass.quantize.passes.carry_codes import CarryCodes
 
 RANGE = (-127, 127, torch.int8)
 

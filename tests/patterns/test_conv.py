@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interpret import operators
-from qpass.config import Config
 from qpass.spec import PerChannel, PerTensor, QuantizationSpec
+from qpass.spec.config import Config
 from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, decisions, kernel_names, reason, road
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from interpret import operators
-from qpass.config import Config
 from qpass.spec import PerChannel, PerTensor, QuantizationSpec
+from qpass.spec.config import Config
 from road import PER_TOKEN, STATIC, WEIGHT_ONLY, Do, kernel_names, reason, road, same
 
 IDS = torch.tensor([[3, 1, 19], [0, 3, 7]])

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qpass.capture import capture
+from qpass.capture.export import capture
+from qpass.islands.island import Epilogue
 from qpass.patterns import epilogues
-from qpass.rewrite.island import Epilogue
 from road import Do
 
 SPELLINGS: list[tuple[Epilogue, Callable[[Any, Tensor], Tensor], dict[str, Any]]] = [

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qpass.passes.annotate import uncovered
+from qpass.quantize.passes.annotate import uncovered
 from road import Do, decisions
 
 ATTENTION = (

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interpret import operators
-from qpass.config import Config
 from qpass.presets import int8_static, int8_weight_only
 from qpass.spec import PerChannel, PerTensor, PerToken, QuantizationSpec
+from qpass.spec.config import Config
 from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, decisions, kernel_names, reason, road
 
 INT8_WEIGHT = QuantizationSpec(torch.int8, PerChannel(0))

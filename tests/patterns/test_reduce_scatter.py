@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lockstep import applied, coded, lockstep, reduce_scatter, text, traced, value
-from qpass.comm.codec import codec
-from qpass.comm.policy import Policy
-from qpass.passes.insert_codecs import InsertCodecs
-from qpass.patterns.reduce_scatter import ReduceScatterPayloads
+from qpass.comm.graph.passes.insert_codecs import InsertCodecs
+from qpass.comm.graph.rules.reduce_scatter import ReduceScatterPayloads
+from qpass.comm.policy.policy import Policy
+from qpass.comm.wire.codec import codec
 
 
 def test_each_rank_sums_the_payloads_of_its_part() -> None:

@@ -11,12 +11,12 @@ from torch import Tensor, fx
 
 import lockstep as send
 from lockstep import lockstep, text, traced, value
-from qpass.comm import schedule
-from qpass.comm.cost import FORMS, Link
-from qpass.comm.policy import Policy
-from qpass.compress import collectives, compress
-from qpass.passes.insert_codecs import InsertCodecs
-from qpass.passes.lower_collectives import LowerCollectives
+from qpass.comm.eager import schedule
+from qpass.comm.graph.compress import collectives, compress
+from qpass.comm.graph.passes.insert_codecs import InsertCodecs
+from qpass.comm.graph.passes.lower_collectives import LowerCollectives
+from qpass.comm.policy.cost import FORMS, Link
+from qpass.comm.policy.policy import Policy
 
 ALL = Policy("int8", tuple(FORMS), 0)
 SHAPES = ((4, 50), (6, 70), (8, 128), (64, 3))

@@ -9,10 +9,10 @@ from torch import Tensor
 
 import lockstep as send
 from lockstep import lockstep, ops, text, traced, value
-from qpass.comm.policy import Policy
-from qpass.compress import collectives, compress
-from qpass.passes.insert_codecs import InsertCodecs
-from qpass.passes.lower_collectives import LowerCollectives
+from qpass.comm.graph.compress import collectives, compress
+from qpass.comm.graph.passes.insert_codecs import InsertCodecs
+from qpass.comm.graph.passes.lower_collectives import LowerCollectives
+from qpass.comm.policy.policy import Policy
 
 ALL = Policy("int8", min_bytes=0)
 

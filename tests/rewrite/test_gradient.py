@@ -11,12 +11,14 @@ from torch import Tensor, fx
 
 import lockstep as send
 from lockstep import lockstep, text, traced, value
-from qpass.comm import Feedback, Policy, pieces, schedule
-from qpass.comm.cost import FORMS
-from qpass.compress import collectives, compress
-from qpass.passes.expand_codecs import ExpandCodecs
-from qpass.passes.insert_codecs import InsertCodecs
-from qpass.rewrite.coded import ENCODE, ENCODE_FED
+from qpass.comm import Feedback, Policy
+from qpass.comm.eager import schedule
+from qpass.comm.graph import pieces
+from qpass.comm.graph.coded import ENCODE, ENCODE_FED
+from qpass.comm.graph.compress import collectives, compress
+from qpass.comm.graph.passes.expand_codecs import ExpandCodecs
+from qpass.comm.graph.passes.insert_codecs import InsertCodecs
+from qpass.comm.policy.cost import FORMS
 
 aten, c10d = torch.ops.aten, send.ops
 X = value(0, 4, 50)

@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lockstep as send
 from lockstep import lockstep, ops, text, traced, value
-from qpass.comm.cost import FORMS
-from qpass.comm.policy import Policy
-from qpass.compress import collectives, compress
-from qpass.rewrite.collective import WORLD_KEY
+from qpass.comm.graph.collective import WORLD_KEY
+from qpass.comm.graph.compress import collectives, compress
+from qpass.comm.policy.cost import FORMS
+from qpass.comm.policy.policy import Policy
 
 ALL = Policy("int8", tuple(FORMS), 0)
 

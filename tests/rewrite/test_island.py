@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import fx, nn
 
-from qpass.capture import capture
-from qpass.graph.edit import Editor
-from qpass.patterns import Linear
-from qpass.patterns.epilogues import add, relu
-from qpass.rewrite.expression import Expr, aten
-from qpass.rewrite.island import (
+from qpass.capture.export import capture
+from qpass.ir.edit import Editor
+from qpass.ir.expression import Expr, aten
+from qpass.ir.rule import Refusal, require
+from qpass.islands.island import (
     ACTIVATION,
     FLOAT,
     WEIGHT,
@@ -23,7 +22,8 @@ from qpass.rewrite.island import (
     codes_of,
     quantized_operands,
 )
-from qpass.rewrite.rule import Refusal, require
+from qpass.patterns import Linear
+from qpass.patterns.epilogues import add, relu
 from qpass.spec import PerTensor, PerToken, QuantizationSpec
 from road import PER_TOKEN, STATIC, Do, road
 

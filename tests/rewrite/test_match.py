@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from qpass.capture import capture
-from qpass.rewrite.expression import Expr, Var, aten, build
-from qpass.rewrite.match import Match, Matcher, argument_names, normalized
+from qpass.capture.export import capture
+from qpass.ir.expression import Expr, Var, aten, build
+from qpass.ir.match import Match, Matcher, argument_names, normalized
 from road import Do
 
 

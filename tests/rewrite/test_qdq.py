@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from qpass.capture import capture
-from qpass.graph.constants import Constants
+from qpass.capture.export import capture
+from qpass.ir.constants import Constants
+from qpass.islands.island import qparams_op, spec_of, uncast
+from qpass.islands.qdq import QParams, as_dequantize, as_quantize, cast_of, only_quantize
 from qpass.ops import graph_ops as ops
-from qpass.rewrite.island import qparams_op, spec_of, uncast
-from qpass.rewrite.qdq import QParams, as_dequantize, as_quantize, cast_of, only_quantize
 from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
 from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, road
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 import qpass
 from qpass import Config, PerChannel, PerGroup, PerTensor, QuantizationSpec
 from qpass.errors import StateError
-from qpass.rewrite.spec_state import text_of
+from qpass.spec.fake_quantize.spec_state import text_of
 from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, same
 
 X = torch.linspace(-3, 2, 32).reshape(4, 8).sin()

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from interpret import operators
-from qpass.capture import capture
-from qpass.graph.constants import Constants
-from qpass.graph.edit import Editor
-from qpass.rewrite.expression import Expr, aten
-from qpass.rewrite.match import Match
-from qpass.rewrite.rule import Refusal, Rule, apply_rules, require
+from qpass.capture.export import capture
+from qpass.ir.constants import Constants
+from qpass.ir.edit import Editor
+from qpass.ir.expression import Expr, aten
+from qpass.ir.match import Match
+from qpass.ir.rule import Refusal, Rule, apply_rules, require
 from road import Do
 
 

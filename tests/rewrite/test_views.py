@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qpass.capture import capture
+from qpass.capture.export import capture
+from qpass.islands.views import JOINS, MONOTONE, MOVES, carried
 from qpass.ops import graph_ops as ops
-from qpass.rewrite.views import JOINS, MONOTONE, MOVES, carried
 from road import Do
 
 QPARAMS = (0.1, 7, 0, 255, torch.uint8)

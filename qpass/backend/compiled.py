@@ -1,0 +1,182 @@
+"""What the backend compiled, kept for the report: lowered graphs and decisions about collectives."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.utils import get_traced_code
+
+from qpass.backend.live_constants import pick
+from qpass.backend.session import Communication
+
+Weights = tuple[weakref.ref[torch.Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compilation: its lowered graph, None where compute was left as it is, and its communication, if any.
+
+    It is found by the weights that it read, which are those of several models where Dynamo runs one graph for all of
+    them, or by the code that it was compiled from; it is kept as long as one of them is.
+    """
+
+    graph: fx.GraphModule | None
+    communication: Communication | None
+    weights: dict[tuple[int, ...], Weights]
+    code: weakref.ref[CodeType] | None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether one of its weights lives, or, where it has none, its code."""
+        if self.has_weights:
+            return any(ref() is not None for weights in self.weights.values() for ref in weights)
+        return self.code is not None and self.code() is not None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it reads any."""
+        return any(self.weights.values())
+
+    def reads(self, tensors: set[int], alone: bool = False) -> bool:
+        """Whether, at some call, one of its weights was among the tensors with these ids; ``alone``: all of them."""
+        for weights in list(self.weights.values()):
+            alive = [id(tensor) in tensors for ref in weights if (tensor := ref()) is not None]
+            if alive and (all(alive) if alone else any(alive)):
+                return True
+        return False
+
+    def is_part_of(self, code: CodeType) -> bool:
+        """Whether it was compiled from this code, or from what follows a graph break in it."""
+        root = self.code() if self.code is not None else None
+        lines = [line for *_, line in code.co_lines() if line is not None]
+        if root is None or root.co_filename != code.co_filename:
+            return False
+        return min(lines) <= root.co_firstlineno <= max(lines)
+
+    def noting(self, call: Callable[..., Any], positions: Sequence[int]) -> Callable[..., Any]:
+        """``call``, noting which tensors it is given at ``positions``: the weights of the model that runs."""
+        chosen = pick(positions)
+
+        def noted(*arguments: Any) -> Any:
+            weights = chosen(arguments)
+            ids = tuple(map(id, weights))
+            if ids not in self.weights:
+                for known, refs in list(self.weights.items()):
+                    if all(ref() is None for ref in refs):
+                        self.weights.pop(known, None)
+                self.weights[ids] = tuple(map(weakref.ref, weights))
+            return call(*arguments)
+
+        return noted
+
+
+_COMPILED: list[Compiled] = []
+
+
+def remember(
+    graph: fx.GraphModule | None, weights: Iterable[torch.Tensor], communication: Communication | None = None
+) -> Compiled:
+    """Keep what is compiled now until the last of its weights is gone, or, where it has none, its code."""
+    code = next(iter(get_traced_code() or ()), None)
+    _COMPILED[:] = [kept for kept in _COMPILED if kept.is_alive]
+    read = tuple(weights)
+    known = {tuple(map(id, read)): tuple(map(weakref.ref, read))}
+    _COMPILED.append(Compiled(graph, communication, known, weakref.ref(code) if code is not None else None))
+    return _COMPILED[-1]
+
+
+def program_of(called: Any) -> Any:
+    """The model or function behind what ``torch.compile`` returned or changed in place; None where it did neither.
+
+    In place: ``model.compile()``, ``model.forward = torch.compile(model.forward)``, and either for a part of a model.
+    """
+    if isinstance(called, OptimizedModule):
+        return called._orig_mod
+    original = getattr(called, "_torchdynamo_orig_callable", None)
+    if original is not None:
+        owner = getattr(original, "__self__", None)
+        return owner if isinstance(owner, torch.nn.Module) else original
+    if isinstance(called, torch.nn.Module) and any(map(_is_compiled, called.modules())):
+        return called
+    return None
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    in_place = module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
+    return in_place or isinstance(module, OptimizedModule)
+
+
+def compilations(program: torch.nn.Module | Callable[..., Any]) -> list[Compiled]:
+    """What was compiled for a model or a function: what reads its tensors, and what comes from its code.
+
+    The models of a function are those that it closes over, and those among the globals that it names. What reads
+    weights was not compiled for a model without them, whatever its code. What reads weights of others beside a
+    model's own, as those of two models that share a tensor do, is the model's only where nothing else is.
+    """
+    is_model = isinstance(program, torch.nn.Module)
+    function: Any = type(program).forward if isinstance(program, torch.nn.Module) else inspect.unwrap(program)
+    code = getattr(function, "__code__", None)
+    tensors = {id(tensor) for module in modules_of(program) for tensor in [*module.parameters(), *module.buffers()]}
+
+    def found(alone: bool) -> list[Compiled]:
+        return [
+            one for one in _COMPILED
+            if one.reads(tensors, alone)
+            or (code is not None and not (is_model and one.has_weights) and one.is_part_of(code))
+        ]  # fmt: skip
+
+    return found(alone=is_model) or found(alone=False)
+
+
+def compiled_graphs(model: torch.nn.Module) -> list[fx.GraphModule]:
+    """The lowered graphs that the backend compiled for ``model``: those that read its tensors."""
+    return [one.graph for one in compilations(model) if one.graph is not None]
+
+
+def modules_of(program: Any) -> list[torch.nn.Module]:
+    """A model itself, that of a bound method, or the models that a function closes over or names as globals."""
+    if not isinstance(program, torch.nn.Module) and callable(program):
+        program = inspect.unwrap(program)
+        program = getattr(program, "__self__", program)
+    if isinstance(program, torch.nn.Module):
+        return [program]
+    names = inspect.getclosurevars(program) if inspect.isfunction(program) else None
+    held = [*names.nonlocals.values(), *names.globals.values()] if names else []
+    return [module for module in held if isinstance(module, torch.nn.Module)]
+
+
+def program_compiled_now() -> Any:
+    """What torch.compile was given and compiles at this call; None where its call is not among the callers."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":  # torch.compile's, around its argument
+        frame = frame.f_back
+    return frame.f_locals.get("fn") if frame is not None else None
+
+
+_TOLD: dict[tuple[int, str], weakref.ref[Any]] = {}
+
+
+def is_first(what: str) -> bool:
+    """Whether ``what`` was not yet asked about for the compiled model or function whose call compiles now.
+
+    However many graphs it falls into, and however often it is compiled again, it is one to its user.
+    """
+    program = program_compiled_now()
+    if program is None:
+        return True
+    for key in [key for key, ref in _TOLD.items() if ref() is None]:
+        del _TOLD[key]
+    key = id(program), what
+    told = key in _TOLD
+    _TOLD[key] = weakref.ref(program)
+    return not told

@@ -1,0 +1,160 @@
+"""What one compilation decided about its collectives, whether Inductor compiled its graphs or a cache had them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._guards import CompileContext, TracingContext
+from torch.utils._pytree import tree_leaves
+
+from qpass.comm.eager.agreement import agree_on_plan, debug
+from qpass.comm.eager.group import group_of, process_group
+from qpass.comm.graph.compress import CompressCollectives, places_of
+from qpass.comm.graph.decisions import GraphDecisions, take, unmatched
+from qpass.comm.policy.policy import Policy
+from qpass.comm.wire.feedback import Feedback
+from qpass.errors import QpassWarning
+
+log = logging.getLogger(__name__)
+
+NONE = """comm was asked for, and a compiled graph has no collective
+  where: default DDP and FSDP2 communicate beside the graph, from hooks
+  to do: give DDP qpass.comm.ddp_hook("int8") by register_comm_hook, and FSDP2 to qpass.comm.compress_fsdp"""
+
+
+class Communication:
+    """The decisions of compiling ``gm``, as its graphs become known: at once, but for a backward compiled later.
+
+    Each is a line of the log. What the policy wants and the rules decline is a warning; so are overrides that match
+    nothing, and, once all graphs are known, that none of them has a collective. With `qpass.comm.debug` the ranks
+    compare their decisions before the graph runs. Graphs of a training step run with the policy's feedback, where it
+    has one, for the parameters of their first run alone.
+
+    Attributes:
+        graphs: the decisions, graph by graph.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, policy: Policy, strict: bool = False, backward: bool = False, training: bool = False
+    ) -> None:
+        self.step = CompressCollectives(policy, strict, backward, places_of(gm))
+        self.graphs: list[GraphDecisions] = []
+        self._remaining = 1 + training
+        self._backward = backward
+        self._is_running = False
+        self._feedback = policy.feedback if training or backward else None  # inference has no gradients
+        compile_id = CompileContext.current_compile_id()
+        self._frame = compile_id.frame_id if compile_id is not None else object()  # recompilations share it
+        self._to_compare: list[GraphDecisions] = []
+
+    def compiled(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., Any]:
+        """The result of ``compile(inner)``, where ``inner`` stands in for Inductor's ``compile_fx_inner``.
+
+        Raises, when it is called:
+            AgreementError: the ranks have decided differently, and `qpass.comm.debug` is on; on every rank.
+            ConfigError: it sends with error feedback, and is given other parameters than at first.
+        """
+        take()  # what a compilation that failed has left behind
+        # AOTAutograd's cache would serve graphs without `_inner`, which binds them to the feedback.
+        with functorch_config.patch(enable_autograd_cache=False) if self._feedback else contextlib.nullcontext():
+            call = compile(self._inner)
+        if not self._to_compare:  # nothing was compiled: AOTAutograd's cache had all graphs
+            self._remaining = 0
+            self._add(take() or [GraphDecisions(self._backward)])
+        self._is_running = True
+        call = call if self._feedback is None else self._checked(call, self._feedback)
+        return self._compared_first(call) if debug() else call
+
+    def _inner(self, gm: Any, example_inputs: Any, **options: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        take()
+        self.step.backward = self._backward or options.get("is_backward", False)
+        self.step.gradients = _static_inputs() if options.get("is_backward") else None
+        result = compile_fx_inner(gm, example_inputs, **options)
+        if self._feedback is not None:
+            self._bind(result, self._feedback)
+        self._remaining = 0 if options.get("is_inference") else self._remaining - 1
+        self._add(take() or [GraphDecisions(self.step.backward)])
+        if self._is_running:  # a backward, compiled when it is first needed
+            self._compare()
+        return result
+
+    def _bind(self, result: Any, feedback: Feedback) -> None:
+        """Run the graph with the residuals of its frame. Its artifact is new at every hit of Inductor's cache, too."""
+        run = getattr(result, "current_callable", None)
+        if run is None:  # a graph that calls nothing is no artifact
+            return
+
+        def bound(inputs: Any) -> Any:
+            with feedback.bound(self._frame):
+                return run(inputs)
+
+        result.current_callable = bound
+
+    def _checked(self, call: Callable[..., Any], feedback: Feedback) -> Callable[..., Any]:
+        def checked(*arguments: Any) -> Any:
+            feedback.serve(self._frame, parameters_of(arguments))
+            return call(*arguments)
+
+        return checked
+
+    def _add(self, found: list[GraphDecisions]) -> None:
+        self.graphs += found
+        self._to_compare += found
+        missed = []
+        for decisions in found:
+            for line, record in zip(decisions.lines(), decisions.records, strict=True):
+                log.info(line)
+                missed += [line] if record.is_missed else []
+        if missed:
+            warnings.warn("qpass left collectives uncompressed:\n  " + "\n  ".join(missed), QpassWarning, stacklevel=3)
+        for note in conclusions([self]):
+            warnings.warn(note, QpassWarning, stacklevel=3)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all graphs are known."""
+        return self._remaining <= 0
+
+    def _compared_first(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def compared(*arguments: Any) -> Any:
+            self._compare()
+            return call(*arguments)
+
+        return compared
+
+    def _compare(self) -> None:
+        plans: dict[str, list[str]] = {}
+        for decisions in self._to_compare if debug() else ():
+            for name, lines in decisions.plans().items():
+                plans.setdefault(name, []).extend(lines)
+        for name in sorted(plans):  # in one order on all ranks, for each waits for the others
+            agree_on_plan(group_of(process_group(name)), plans[name])
+        self._to_compare = []
+
+
+def conclusions(communications: Sequence[Communication]) -> list[str]:
+    """What is to be said of compilations together, once all their graphs are known."""
+    if not communications or not all(each.is_complete for each in communications):
+        return []
+    graphs = [decisions for each in communications for decisions in each.graphs]
+    return unmatched(graphs) if any(decisions.records for decisions in graphs) else [NONE]
+
+
+def parameters_of(arguments: Sequence[Any]) -> list[torch.Tensor]:
+    """The parameters among a graph's arguments; compiled autograd gives its own in lists."""
+    return [leaf for leaf in tree_leaves(list(arguments)) if isinstance(leaf, torch.nn.Parameter)]
+
+
+def _static_inputs() -> tuple[int, ...] | None:
+    """The inputs of the forward graph that are weights; a backward graph gives their gradients in the same places."""
+    context = TracingContext.try_get()
+    return tuple(context.fw_metadata.static_input_indices) if context and context.fw_metadata else None

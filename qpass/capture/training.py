@@ -1,0 +1,225 @@
+"""A model as qpass IR, for training: the graph of evaluation, with a mark on each operator that training changes.
+
+The model is traced in evaluation mode and once more in training mode. Both traces must be the same operators in the
+same order; what may differ is whether dropout drops and whose statistics a batch norm uses. A model that does anything
+else in training (an auxiliary loss, another branch) has no single graph, and is refused by the line where it differs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qpass.capture.errors import refuse_model
+from qpass.capture.export import TRACING, capture, export_model
+from qpass.capture.inputs import example_of, fresh_tensors, resize_batch, tensors_of
+from qpass.capture.same import pair_operators
+from qpass.errors import CaptureError, InputError
+from qpass.ir.alias import aliased_inputs
+from qpass.ir.match import normalized, set_arguments
+from qpass.ir.modes import BY_MODE, DROPOUT, FLAGGED, ByMode, Mode
+from qpass.ir.regions import regions
+from qpass.ir.source import module_path, where
+from qpass.ir.text import target_name
+
+aten = torch.ops.aten
+
+FLAGS: dict[Any, tuple[str, Any]] = {
+    **dict.fromkeys(DROPOUT, ("train", False)),
+    aten.scaled_dot_product_attention.default: ("dropout_p", 0.0),
+    aten.batch_norm.default: ("training", False),
+    **{operator: (name, False) for operator, name in FLAGGED.items()},
+}
+"""What an operator's argument for training is called, and its value in evaluation."""
+
+IN_PLACE = {
+    aten.rrelu_.default: aten.rrelu.default,
+    **{getattr(aten, f"{name}_").default: operator for operator, name in DROPOUT.items()},
+}
+"""What is random in place, each with its plain form."""
+
+
+def capture_training(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> fx.GraphModule:
+    """The graph of ``capture(model.eval())`` with ``meta[BY_MODE]``, a `Mode`, on what training changes.
+
+    The model's modes are switched for the traces and put back; its weights and statistics stay as they are.
+
+    Args: as of :func:`qpass.capture.capture`.
+
+    Raises:
+        CaptureError: as `capture`; or the model computes something else in training than dropout and batch norm
+            account for; or it holds a SyncBatchNorm.
+        InputError: the model is not an ``nn.Module`` with both modes, or the example inputs are missing.
+    """
+    if isinstance(model, (ExportedProgram, fx.GraphModule)):
+        raise InputError(
+            f"training needs the nn.Module itself, and this {type(model).__name__} was traced in one mode",
+            hint="pass the model that it was traced from",
+        )
+    refuse_model(model)
+    refuse_synchronized(model)
+    inputs = fresh_tensors(example_of(example_inputs, kwargs, model))
+    with TRACING, modes_kept(model) as training:
+        with own_backwards() as lost:
+            trains, held = trace_training(model, inputs)
+        if lost:
+            warnings.warn(
+                f"qpass trains {', '.join(lost)} by the gradient of what its forward computes: a graph holds no "
+                "backward of a torch.autograd.Function. Where it differs, as for rounding, write it with detach: "
+                "x + (f(x) - x).detach()",
+                stacklevel=3,
+            )
+        model.eval()
+        return capture(
+            model, example_inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes,
+            amend=lambda gm: mark_modes(gm, trains, model, training, held), trains=True,
+        )  # fmt: skip
+
+
+def refuse_synchronized(model: nn.Module) -> None:
+    """Raise CaptureError for a SyncBatchNorm, whose statistics need collectives that no graph here holds."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise CaptureError(
+                "SyncBatchNorm cannot be trained quantized: its statistics are exchanged between processes",
+                where=path,
+                hint="use BatchNorm and train with larger batches, or freeze its statistics: "
+                "replace it by a BatchNorm of the same state and call qpass.fake_quantize.freeze_batch_norm_stats",
+            )
+
+
+@contextmanager
+def own_backwards() -> Iterator[list[str]]:
+    """The names of the model's own ``torch.autograd.Function`` classes that are applied meanwhile."""
+    found: dict[str, None] = {}
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def named(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith(("torch.", "qpass.")):
+            found[cls.__qualname__] = None
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    names: list[str] = []
+    torch.autograd.Function.apply = classmethod(named)  # type: ignore[method-assign,assignment]
+    try:
+        yield names
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        names.extend(found)
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[dict[str, bool]]:
+    """Whether each module is in training mode, by path; put back at the end."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        yield {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def trace_training(model: nn.Module, inputs: tuple[Any, Any]) -> tuple[fx.GraphModule, set[str]]:
+    """The trace in training mode, with batch norms in evaluation mode: their modules say what training changes.
+
+    Besides, the paths of the modules that the model's own ``train()`` leaves in evaluation mode.
+    """
+    batch = next((x.shape[0] for x in tensors_of(inputs) if x.dim()), None)
+    args, keywords = resize_batch(inputs, 1, 2) if batch == 1 else inputs
+    model.train()
+    held = {path for path, module in model.named_modules(remove_duplicate=False) if not module.training}
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    return export_model(model, args, keywords, None, gradients=True).module(check_guards=False), held
+
+
+def mark_modes(
+    gm: fx.GraphModule, trains: fx.GraphModule, model: nn.Module, training: Mapping[str, bool], held: Set[str]
+) -> None:
+    """Mark each operator of ``gm``, traced in evaluation, whose twin in ``trains`` has another flag."""
+    ours, theirs = set_aside_flags(gm), set_aside_flags(trains)
+    twins, difference = pair_operators(gm, trains)
+    if difference is not None:
+        raise CaptureError(
+            f"the model computes something else in training than in evaluation: {target_name(difference)} "
+            "is there in one mode only, or on other operands",
+            where=where(difference),
+            hint="prepare the part that both modes share, and leave auxiliary branches to the training loop",
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for node, flag in ours.items():
+        set_flag(node, flag)
+        path = module_path(node)
+        owner = modules.get(path)
+        trains_now = training.get(path, model.training)
+        other = theirs.get(twins.get(node, node), flag)
+        name = FLAGS[node.target][0]
+        if isinstance(owner, _BatchNorm) and owner.track_running_stats and not flag:
+            mean = normalized(node)["running_mean"]  # of a module with two names the graph knows one
+            holder = str(mean.target).rpartition(".")[0] if mean.op == "get_attr" else path
+            tracked = f"{holder}.num_batches_tracked".removeprefix(".")
+            count = owner.num_batches_tracked
+            tracked = "" if count is None else tracked
+            node.meta[BY_MODE] = Mode(
+                trains_now, momentum=owner.momentum, tracked=tracked, count=count, held=path in held, kind=type(owner)
+            )
+        elif other == flag:
+            continue
+        elif node.target in FLAGGED:
+            node.meta[BY_MODE] = Mode(trains_now)
+        elif name == "training":
+            node.meta[BY_MODE] = Mode(trains_now, momentum=normalized(twins[node])["momentum"])
+        elif name == "dropout_p":
+            node.meta[BY_MODE] = Mode(trains_now, p=other)
+            set_flag(node, other)
+        else:
+            node.meta[BY_MODE] = Mode(trains_now, p=normalized(node)["p"])
+            set_flag(node, True)
+
+
+def set_aside_flags(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """Give every operator of `FLAGS` the flag of evaluation; the flags they had. Dropout in place becomes plain."""
+    had: dict[fx.Node, Any] = {}
+    for region in regions(gm):
+        for node in region.graph.nodes:
+            if node.target in IN_PLACE:
+                source = node.args[0]
+                if len(source.users) > 1 or aliased_inputs(source):
+                    raise CaptureError(
+                        f"{target_name(node)} overwrites a value that is read elsewhere", where=where(node),
+                        hint="use dropout with inplace=False",
+                    )  # fmt: skip
+                node.target = IN_PLACE[node.target]
+            if node.target in FLAGS:
+                name, off = FLAGS[node.target]
+                had[node] = normalized(node)[name]
+                set_flag(node, off)
+    return had
+
+
+def set_flag(node: fx.Node, value: Any) -> None:
+    """Write an operator's flag."""
+    set_arguments(node, **{FLAGS[node.target][0]: value})
+
+
+def in_modes_of(model: nn.Module, gm: fx.GraphModule) -> fx.GraphModule:
+    """``gm`` in training mode if ``model`` is, its `ByMode` modules in the modes that they were captured with."""
+    kept = {module: module.training for module in gm.modules() if isinstance(module, ByMode)}
+    gm.train(model.training)
+    for module, training in kept.items():
+        module.training = training
+    return gm

@@ -1,0 +1,1 @@
+"""`torch.distributed`'s collectives over coded payloads, called outside of graphs."""

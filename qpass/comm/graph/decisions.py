@@ -1,0 +1,86 @@
+"""What was decided about the collectives of a compiled graph, kept inside the artifact that Inductor caches.
+
+A cached graph is served without any pass running again, so decisions that a pass only tells would be lost. Inductor
+stores with every compiled graph by how much each of its counters rose meanwhile, and raises them again whenever the
+graph is served, by whichever of its caches: the FX graph cache, AOTAutograd's, a remote one. So decisions travel as
+the name of a counter. They are as old as the code that they describe, and gone when it is; lines of the user's source
+are as they were then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from torch._dynamo.utils import counters
+
+from qpass.ir.record import NodeRecord
+
+PREFIX = "qpass collectives "
+_KEPT = [field.name for field in fields(NodeRecord) if field.name != "compute_dtype"]
+
+
+@dataclass(frozen=True)
+class GraphDecisions:
+    """The decision about each collective of one compiled graph, in its order.
+
+    ``overrides`` are those of the policy that are meant for such a graph, each with whether it met a collective, and a
+    name near to what it says.
+    """
+
+    backward: bool
+    records: tuple[NodeRecord, ...] = ()
+    overrides: tuple[tuple[str, bool, str], ...] = ()
+
+    def lines(self) -> list[str]:
+        """One line a collective: what it is and where, how it is sent, and bytes or a reason."""
+        direction = "backward " if self.backward else ""
+        return [
+            f"{direction}{r.op} of {r.module or r.line}: {r.kernel or 'sent plain'}: {r.reason}" for r in self.records
+        ]
+
+    def plans(self) -> dict[str, list[str]]:
+        """Name of a process group -> what its ranks must have decided alike: lines without places in the source.
+
+        The bytes of an all_to_all are left out: each rank may send others.
+        """
+        found: dict[str, list[str]] = {}
+        for r in self.records:
+            if r.group:
+                reason = "" if r.op == "all_to_all" and r.outcome == "lowered" else f": {r.reason}"
+                found.setdefault(r.group, []).append(f"{r.op}: {r.kernel or 'sent plain'}{reason}")
+        return found
+
+
+def unmatched(graphs: Iterable[GraphDecisions]) -> list[str]:
+    """The overrides that met a collective in none of the graphs that they are meant for, with a name near to each."""
+    hints: dict[str, str] = {}
+    met = set()
+    for name, is_met, hint in (override for graph in graphs for override in graph.overrides):
+        hints[name] = hints.get(name) or hint
+        met |= {name} if is_met else set()
+    return [f"{name} of comm matches no collective{hint}" for name, hint in hints.items() if name not in met]
+
+
+def keep(decisions: GraphDecisions) -> None:
+    """Keep the decisions with the graph that is being compiled."""
+    plain = {
+        "backward": decisions.backward,
+        "records": [{name: getattr(record, name) for name in _KEPT} for record in decisions.records],
+        "overrides": decisions.overrides,
+    }
+    counters["inductor"][PREFIX + json.dumps(plain)] += 1
+
+
+def take() -> list[GraphDecisions]:
+    """The decisions of the graphs that were compiled or served since the last call, in their order; taken once."""
+    found = [name for name in counters["inductor"] if name.startswith(PREFIX)]
+    return [_read(name) for name in found for _ in range(counters["inductor"].pop(name))]
+
+
+def _read(name: str) -> GraphDecisions:
+    plain = json.loads(name.removeprefix(PREFIX))
+    records = tuple(NodeRecord(**record) for record in plain["records"])
+    overrides = tuple((name, met, hint) for name, met, hint in plain["overrides"])
+    return GraphDecisions(plain["backward"], records, overrides)

@@ -1,0 +1,1 @@
+"""Which collectives are compressed, as what, and when that pays."""

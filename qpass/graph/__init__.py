@@ -1,1 +1,0 @@
-"""FX graphs and nothing of quantization: edits, constants, text, records, verification."""

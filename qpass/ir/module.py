@@ -1,0 +1,128 @@
+"""A graph module that takes the source of its code with it when it goes."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qpass.errors import InputError, QpassError
+from qpass.ir.exporting import asked_for_tensors, warn_of_export
+from qpass.ir.misfit import misfit
+from qpass.ir.modes import ByMode
+
+
+class GraphModule(fx.GraphModule):
+    """torch.fx keeps the text of every ``forward`` it ever generated, for tracebacks; here until the module is gone.
+
+    Some kilobytes each, several for each model that is prepared and converted: a process that quantizes models all
+    day would grow by them for ever. It is not pickled: torch.fx would trace the graph again, without its ``meta``.
+    """
+
+    def __init__(self, root: Any, graph: fx.Graph, class_name: str = "GraphModule") -> None:
+        super().__init__(root, graph, class_name)
+        if isinstance(root, nn.Module):
+            keep_order(self, root)
+
+    def _deepcopy_init(self) -> Any:
+        return GraphModule.__init__
+
+    def train(self, mode: bool = True) -> Any:
+        """As ``nn.Module.train``; what the model's own ``train()`` leaves in evaluation mode stays there."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, ByMode) and module.held:
+                module.eval()
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``forward``; InputError where it fails on inputs that the graph does not hold for.
+
+        Of a quantized graph gradients pass straight through rounding; a lowered one has none, and refuses.
+        """
+        from qpass.ir.straight_through import StraightThrough, wants_gradients
+
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            warn_of_export(self)
+        try:
+            if wants_gradients(self, args, kwargs):
+                return StraightThrough(self)(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
+        except QpassError:
+            raise
+        except Exception as error:
+            found = misfit(self, args, kwargs, error)
+            if found is None:
+                raise
+            raise found from error
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """As every module's; torch.export, which asks for them first, is told what to know of the graph."""
+        asked_for_tensors(self)
+        return super().named_buffers(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            f"{type(self).__name__} is a graph of qpass, and pickle would lose what was decided about it",
+            hint="write a quantized one with qpass.save; of a prepared one keep the state_dict(), and load it into the "
+            "result of the same call of qpass.prepare",
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
+        """A copy with tensors of its own, packed weights among them, which copy.deepcopy cannot look into."""
+        for tensor in [*self.parameters(), *self.buffers()]:
+            if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+                memo.setdefault(id(tensor), tensor.detach().clone())
+        result = super().__deepcopy__(memo)
+        assert isinstance(result, GraphModule)
+        type(result).__name__ = type(self).__name__
+        for name, module in self.named_modules():  # torch.fx makes every buffer a persistent one
+            result.get_submodule(name)._non_persistent_buffers_set |= module._non_persistent_buffers_set
+        return result
+
+    def __copy__(self) -> GraphModule:
+        """A copy that shares all tensors; its graph is its own."""
+        from qpass.ir.edit import copy_graph_module
+
+        result = copy_graph_module(self)
+        assert isinstance(result, GraphModule)
+        result._state_dict_hooks = self._state_dict_hooks.copy()
+        result._load_state_dict_pre_hooks = copy.deepcopy(self._load_state_dict_pre_hooks, {id(self): result})
+        return result
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        file = type(self).forward.__code__.co_filename
+        weakref.finalize(self, _forget, file).atexit = False
+        return code
+
+
+torch._dynamo.eval_frame.skip_code(GraphModule.__call__.__code__)  # Dynamo's frame is that of forward
+
+
+class Draft(GraphModule):
+    """One whose graph is still being changed: it has no code, and cannot be called before it is rebuilt."""
+
+    def recompile(self) -> Any:
+        """Nothing: the code would be that of a graph that is about to change."""
+
+
+def keep_order(module: nn.Module, like: nn.Module) -> None:
+    """Order the sub-modules of a graph module, which come as its graph reads them, as they are in ``like``."""
+    rank = {name: place for place, name in enumerate(like._modules)}
+    module._modules = dict(sorted(module._modules.items(), key=lambda item: rank.get(item[0], len(rank))))
+    for name, child in module._modules.items():
+        if type(child) is nn.Module and isinstance(other := like._modules.get(name), nn.Module):
+            keep_order(child, other)
+
+
+def _forget(file: str) -> None:
+    linecache.cache.pop(file, None)
+    sources = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", None)
+    if sources is not None:
+        sources.pop(file, None)

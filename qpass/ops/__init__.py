@@ -1,8 +1,0 @@
-"""Operator libraries: what graphs carry (`graph_ops`), and the corrected operators (`quantized_decomposed`)."""
-
-from __future__ import annotations
-
-from qpass.ops.corrected import quantized_decomposed
-from qpass.ops.decomposed import graph_ops
-
-__all__ = ["graph_ops", "quantized_decomposed"]

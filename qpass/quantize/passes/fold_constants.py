@@ -1,0 +1,55 @@
+"""Compute constant expressions once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from qpass.ir.alias import storages
+from qpass.ir.constants import Constants, expression
+from qpass.ir.edit import Editor
+from qpass.ir.frame import Pass
+from qpass.ir.origins import Derived
+from qpass.ir.source import module_path
+from qpass.islands.qdq import DEQUANTIZE
+
+_GROWS = {*DEQUANTIZE, torch.ops.aten.expand.default}
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """``f(parameter)  ->  constant``, for the outermost such expressions; how it was derived is remembered
+
+    Dequantization of stored codes is an expression too, but is never folded: it would store the float weight again.
+    Nor is a mere view of a parameter, which costs nothing, and whose memory would be the parameter's.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        constants, edit = Constants(gm), Editor(gm, self.name)
+        stays: set[fx.Node] = set()
+        views: set[fx.Node] = set()
+        count = 0
+        for node in list(gm.graph.nodes):
+            if node.op != "call_function" or node not in constants:
+                continue
+            if node.target in _GROWS or any(source in stays for source in node.all_input_nodes):
+                stays.add(node)
+                continue
+            if not isinstance(node.meta.get("val"), torch.Tensor):
+                continue
+            memory = set(storages(node))
+            bases = [source for source in node.all_input_nodes if source.op == "get_attr" or source in views]
+            if any(memory.intersection(storages(base)) for base in bases):
+                views.add(node)
+                continue
+            if all(user in constants and user.target not in _GROWS for user in node.users):
+                continue  # an inner part of a larger expression
+            names, compute = expression(node)
+            value = constants.value(node)
+            name = f"{module_path(node)}.folded".lstrip(".")
+            folded = edit.constant(name, value, like=node, before=node, derived=Derived(names, compute))
+            node.replace_all_uses_with(folded)
+            count += 1
+        return count

@@ -1,0 +1,218 @@
+"""Put in what training does differently: dropout, and batch norms by the statistics of the batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qpass.ir.edit import Editor, free_name, get_constant, replace_submodule, set_constant, take_over
+from qpass.ir.frame import Pass
+from qpass.ir.gradient import DETACH
+from qpass.ir.match import normalized, set_arguments
+from qpass.ir.modes import (
+    BY_MODE,
+    DROPOUT,
+    FLAGGED,
+    Attention,
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    ByMode,
+    Dropout,
+    Flagged,
+    FoldedBias,
+    FoldedWeight,
+    FoldFactor,
+    Mode,
+)
+from qpass.quantize.passes.annotate import FOLD
+from qpass.quantize.passes.insert_observers import is_observer
+from qpass.quantize.passes.set_dropout_aside import ASIDE, Aside
+from qpass.spec.fake_quantize import FakeQuantizeBase
+
+aten = torch.ops.aten
+
+OWN = ((nn.BatchNorm1d, BatchNorm1d), (nn.BatchNorm3d, BatchNorm3d), (nn.modules.batchnorm._BatchNorm, BatchNorm2d))
+"""Which class stands for a batch norm of the model; for what is none of torch's three, a `BatchNorm2d`."""
+
+
+@dataclass(frozen=True)
+class InsertModes(Pass):
+    """Each operator marked as differing in training becomes a module of `qpass.modes`, and dropout is back::
+
+        batch_norm(conv(x, fq(w), b), gamma, beta, mean, var)
+        ->  f = fold_factor_0(gamma, var, enabled)
+            w1 = folded_weight_0(w, f)
+            b1 = folded_bias_0(b, f, beta, mean, enabled)
+            norm(conv(x, fq(w1), b1), gamma, beta, mean, var, count, f, enabled)
+
+    where ``enabled`` is the ``fake_quant_enabled`` of ``fq``, and ``norm`` stands where the model's stood. One
+    that is not folded becomes ``norm`` alone, and a functional one ``batch_norm_0``. `RemoveModes` is the inverse.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        edit = Editor(gm, self.name)
+        moved: dict[fx.Node, fx.Node] = {}
+        aside = gm.meta.pop(ASIDE, [])
+        for entry in aside:
+            moved[entry.node] = put_back(entry, moved.get(entry.source, entry.source), edit)
+        calls = Counter(node.target for node in gm.graph.nodes if is_observer(node))
+        shared = {target for target, count in calls.items() if count > 1}
+        marked = [(node, mode) for node in gm.graph.nodes if (mode := node.meta.pop(BY_MODE, None)) is not None]
+        for node, mode in marked:
+            if node.target in DROPOUT:
+                source = normalized(node)["input"]
+                replace(node, dropout_of(node, mode), "dropout", (source,), edit, mode)
+            elif node.target is aten.scaled_dot_product_attention.default:
+                given = normalized(node)
+                del given["dropout_p"]
+                replace(node, Attention(mode.p), "attention", tuple(given.values()), edit, mode)
+            elif node.target in FLAGGED:
+                given = normalized(node)
+                del given[FLAGGED[node.target]]
+                name = node.target._schema.name.rpartition("::")[2]
+                replace(node, Flagged(node.target), name, tuple(given.values()), edit, mode)
+            else:
+                self._batch_norm(node, mode, shared, edit)
+        return len(aside) + len(marked)
+
+    def _batch_norm(self, bn: fx.Node, mode: Mode, shared: set[Any], edit: Editor) -> None:
+        given = normalized(bn)
+        affine = (given["weight"], given["bias"])
+        statistics = (given["running_mean"], given["running_var"])
+        count = count_of(bn, mode, edit)
+        conv = given["input"]
+        observed = normalized(conv)["weight"] if FOLD in bn.meta else None
+        if observed is None or not is_fake_quantize(edit.gm, observed):
+            call(bn, norm_of(bn, mode, edit), (conv, *affine, *statistics, count), edit)
+            return
+        own = own_observer(observed, conv, shared, edit)
+        name = f"{own.target}.fake_quant_enabled"
+        enabled = edit.attribute(name, like=conv, before=own, value=get_constant(edit.gm, name))
+        place: dict[str, Any] = {"like": conv, "before": own, "val": statistics[1].meta.get("val")}
+        read: tuple[Any, ...] = (affine[0], statistics[1], enabled)
+        norm = norm_of(bn, mode, edit)
+        module: Any = edit.gm.get_submodule(norm)
+        factor = insert(FoldFactor(module), "fold_factor", read, edit, mode, **place)
+        read = (normalized(conv)["bias"], factor, affine[1], statistics[0], enabled)
+        bias = insert(FoldedBias(module), "folded_bias", read, edit, mode, **place)
+        place["val"] = own.meta.get("val")
+        own.args = (insert(FoldedWeight(), "folded_weight", (own.args[0], factor), edit, mode, **place),)
+        set_arguments(conv, weight=own, bias=bias)
+        call(bn, norm, (conv, *affine, *statistics, count, factor, enabled), edit)
+
+
+def put_back(aside: Aside, source: fx.Node, edit: Editor) -> fx.Node:
+    """Insert what was set aside: behind the fake-quantize where its readers have one in common, else before them."""
+    place: dict[str, Any] = {"like": aside.node, "before": aside.following}
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for user in aside.users:
+        for read in user.all_input_nodes:
+            if read is source or (is_observer(read) and read.args[0] is source):
+                readers.setdefault(read, []).append(user)
+    shared = next(iter(readers)) if len(readers) == 1 and source.op != "get_attr" else source
+    if aside.mode is None:
+        call = edit.call(DETACH, shared, val=shared.meta.get("val"), **place)
+    else:
+        module = dropout_of(aside.node, aside.mode)
+        call = insert(module, "dropout", (shared,), edit, aside.mode, val=shared.meta.get("val"), **place)
+    for read, users in readers.items():
+        new = call
+        if read is not shared:
+            new = edit.module(str(read.target), call, val=read.meta.get("val"), **place)
+        for user in users:
+            user.replace_input_with(read, new)
+        if not read.users and read is not source:
+            edit.graph.erase_node(read)
+    return call
+
+
+def own_observer(observed: fx.Node, conv: fx.Node, shared: set[Any], edit: Editor) -> fx.Node:
+    """The observer call of a folded weight: one of its own, since each batch norm scales the weight differently.
+
+    ``shared``: the observers that are called at several places.
+    """
+    if len(observed.users) == 1 and observed.target not in shared:
+        conv.prepend(observed)  # behind the parameters of the batch norm
+        return observed
+    name = free_name(edit.gm, str(observed.target))
+    observer: Any = edit.gm.get_submodule(str(observed.target))
+    edit.gm.add_module(name, observer.spec.make_observer())
+    return edit.module(name, observed.args[0], like=conv, before=conv, val=observed.meta.get("val"))
+
+
+def is_fake_quantize(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is the call of an observer that rounds."""
+    return is_observer(node) and isinstance(gm.get_submodule(str(node.target)), FakeQuantizeBase)
+
+
+def dropout_of(node: fx.Node, mode: Mode) -> Dropout:
+    """The module that does what a dropout operator does."""
+    return Dropout(DROPOUT[node.target], mode.p)
+
+
+def count_of(bn: fx.Node, mode: Mode, edit: Editor) -> fx.Node | None:
+    """The ``num_batches_tracked`` of a batch norm, under the name that it has in the model."""
+    if not mode.tracked or mode.count is None:
+        return None
+    owner, _, leaf = mode.tracked.rpartition(".")
+    if not hasattr(edit.gm.get_submodule(owner), leaf):
+        set_constant(edit.gm, mode.tracked, mode.count)
+    return edit.attribute(mode.tracked, like=bn, before=bn, value=mode.count)
+
+
+def insert(module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, mode: Mode, **place: Any) -> fx.Node:
+    """Insert the call of a new sub-module."""
+    return edit.module(add(module, name, edit, mode), *arguments, **place)
+
+
+def add(module: ByMode, name: str, edit: Editor, mode: Mode) -> str:
+    """Add a sub-module, which is in the mode that the model's own is in; its name."""
+    name = edit.numbered(name)
+    edit.gm.add_module(name, module.train(mode.training))
+    module.held = mode.held
+    return name
+
+
+def norm_of(bn: fx.Node, mode: Mode, edit: Editor) -> str:
+    """The name of the sub-module that does what a batch norm does: that of the model's own, where there is one.
+
+    It takes the parameters and statistics over, so their names stay.
+    """
+    given = normalized(bn)
+    mean = given["running_mean"]
+    path = str(mean.target).rpartition(".")[0] if mean.op == "get_attr" else ""
+    there = edit.gm.get_submodule(path)
+    if path and isinstance(there, BatchNorm):
+        return path
+    kind = next((own for theirs, own in OWN if mode.kind is not None and issubclass(mode.kind, theirs)), None)
+    if not path or kind is None or type(there) is not nn.Module:
+        return add(BatchNorm(given["eps"], mode.momentum), "batch_norm", edit, mode)
+    module = kind(given["eps"], mode.momentum)
+    take_over(module, there)
+    for name in ("weight", "bias"):
+        module._parameters.setdefault(name, None)
+    module._buffers.setdefault("num_batches_tracked", None)
+    module.num_features, module.affine = mean.meta["val"].shape[0], module.weight is not None
+    module.track_running_stats = True
+    replace_submodule(edit.gm, path, module.train(mode.training))
+    module.held = mode.held
+    return path
+
+
+def call(bn: fx.Node, name: str, arguments: tuple[Any, ...], edit: Editor) -> None:
+    """Put the call of a sub-module in the place of an operator; decisions about the operator stay with it."""
+    new = edit.module(name, *arguments, like=bn, before=bn)
+    new.meta = {**bn.meta, **new.meta}
+    bn.replace_all_uses_with(new)
+    edit.graph.erase_node(bn)
+
+
+def replace(node: fx.Node, module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, mode: Mode) -> None:
+    """Put the call of a new sub-module in the place of an operator."""
+    call(node, add(module, name, edit, mode), arguments, edit)

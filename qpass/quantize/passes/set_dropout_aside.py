@@ -1,0 +1,55 @@
+"""Take dropout and ``detach`` out of a graph while it is decided what to quantize, and remember where they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from qpass.ir.alias import written
+from qpass.ir.frame import Pass
+from qpass.ir.gradient import stopped
+from qpass.ir.modes import BY_MODE, DROPOUT, Mode
+
+ASIDE = "qpass_aside"
+"""``gm.meta`` key: the `Aside` of each dropout taken out, in the order in which they draw random numbers."""
+
+
+@dataclass(frozen=True)
+class Aside:
+    """What was taken out: its own node, what it read, who read it, the node behind it, and the mode of a dropout."""
+
+    node: fx.Node
+    source: fx.Node
+    users: tuple[fx.Node, ...]
+    following: fx.Node
+    mode: Mode | None
+
+
+@dataclass(frozen=True)
+class SetDropoutAside(Pass):
+    """``add(dropout(linear(x, w)), y)  ->  add(linear(x, w), y)``, as evaluation runs it
+
+    So what is fused and quantized in training is what is fused and quantized later. `InsertModes` puts it back. A
+    dropout stays where a reader of its result reads its source too, since the two could not be told apart again.
+    A ``detach`` is treated alike.
+    """
+
+    def run(self, gm: fx.GraphModule) -> int:
+        aside: list[Aside] = []
+        kept = written(gm.graph)
+        stops = {node for node in stopped(gm.graph) if node not in kept}
+        for node in reversed(gm.graph.nodes):
+            mode = node.meta.get(BY_MODE)
+            if node not in stops and (mode is None or node.target not in DROPOUT):
+                continue
+            source: fx.Node = node.all_input_nodes[0]
+            users = tuple(node.users)
+            if not users or any(source in user.all_input_nodes for user in users):
+                continue
+            aside.append(Aside(node, source, users, node.next, mode))
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+        if aside:
+            gm.meta[ASIDE] = aside[::-1]
+        return len(aside)

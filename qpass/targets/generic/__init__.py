@@ -1,0 +1,1 @@
+"""Kernels of any target: code that Inductor generates for the q/dq graph itself."""
