@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import qpass
-from end_to_end.bound import Near, bounds
+from bound import Near, bounds
 from qpass import QuantizationSpec, presets
 from qpass.errors import StrictError
 from qpass.ir.record import graph_record, record_of

@@ -23,6 +23,7 @@ from torch._inductor.utils import fresh_cache
 from torch.distributed import _functional_collectives as funcol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "support"))
 
 import qpass
 from benchmarks.measure import Row, print_table, write_json

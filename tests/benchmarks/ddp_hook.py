@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "support"))
 
 import qpass.comm
 from benchmarks.measure import Row, print_table, write_json
 from distributed.hook_defects import Bucket
-from distributed.on_ranks import on_ranks
 from distributed.repaired_hooks import perchannel_hook
+from on_ranks import on_ranks
 
 Hook = Callable[[Any, Any], torch.futures.Future[torch.Tensor]]
 

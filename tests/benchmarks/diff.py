@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "support"))
 
 from benchmarks.measure import Row, pin_threads, print_table, write_json
 

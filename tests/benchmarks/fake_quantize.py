@@ -23,6 +23,7 @@ import torch.ao.quantization as torchs
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "support"))
 
 import qpass.fake_quantize
 import qpass.observer

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "support"))
 
 from benchmarks.measure import Row, cpu_seconds, latency_rows, print_table, write_json
 from benchmarks.peers import SYSTEMS, Batches, Build, Inputs, Peer

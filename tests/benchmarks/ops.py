@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "support"))
 
 from benchmarks.measure import Row, latency_rows, pin_threads, print_table, turn, write_json
 

@@ -54,7 +54,7 @@ def in_pieces(rank: int, world: int) -> None:
     def loss(x: Tensor, shard: Tensor) -> Tensor:
         return (funcol.all_gather_tensor_autograd(shard, 0, dist.group.WORLD) * x).sum()
 
-    comm.pieces.CHUNK = 128  # so that small tensors, too, go in pieces
+    comm.graph.pieces.CHUNK = 128  # so that small tensors, too, go in pieces
     with Watch() as watch:
         compiled = torch.compile(loss, backend="qpass", options=fed(feedback), fullgraph=True)
         for step in range(3):
@@ -68,7 +68,7 @@ def in_pieces(rank: int, world: int) -> None:
             assert shard.grad is not None
             assert torch.equal(shard.grad.view(-1), sum(term[rank, :385] for term in terms))
             shard.grad = None
-    comm.pieces.CHUNK = comm.schedule.CHUNK
+    comm.graph.pieces.CHUNK = comm.eager.schedule.CHUNK
     (kept,) = feedback.state_dict().values()
     assert torch.equal(kept.view(world, 512), residual)
     kernel = "all_to_all of int4:32:bf16 with error feedback, summed, in 4 pieces"
@@ -81,7 +81,7 @@ def in_pieces(rank: int, world: int) -> None:
 
 def ddp_under_compiled_autograd(rank: int, world: int) -> None:
     """The mean of many sums of one gradient: far nearer to it than each of them; equal on all ranks."""
-    comm.schedule.ONE_SHOT_BYTES = 0  # so that small tensors, too, go in two shots where there are more than two ranks
+    comm.eager.schedule.ONE_SHOT_BYTES = 0  # small tensors, too, go in two shots where there are more than two ranks
     torch.manual_seed(0)
     model, feedback, x = nn.Linear(64, 33), comm.Feedback(), value(rank, 8, 64)
     config = torch._dynamo.config.patch(optimize_ddp="python_reducer", compiled_autograd=True)

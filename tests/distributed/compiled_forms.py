@@ -121,7 +121,7 @@ def mixture_of_experts(rank: int, world: int) -> None:
 
     def by_hand(x: Tensor, out: list[int], into: list[int]) -> Tensor:
         call = {"self": x, "output_split_sizes": out, "input_split_sizes": into, "group": dist.group.WORLD}
-        return comm.functional.all_to_all(call, INT8)
+        return comm.eager.functional.all_to_all(call, INT8)
 
     router, expert = value(7, 128, world), value(8 + rank, 128, 100).requires_grad_()
     with Watch() as watch, torch._dynamo.config.patch(capture_scalar_outputs=True):

@@ -79,11 +79,11 @@ def in_pieces(rank: int, world: int) -> None:
         dist.reduce_scatter_tensor(scattered, x * 4)
         return summed, gathered + 1, scattered
 
-    comm.pieces.CHUNK = 128  # so that small tensors, too, go in pieces
+    comm.graph.pieces.CHUNK = 128  # so that small tensors, too, go in pieces
     x = value(rank, 10, 77)
     with Watch() as watch:
         summed, gathered, scattered = torch.compile(function, backend="qpass", options=ALL)(x)
-    comm.pieces.CHUNK = comm.schedule.CHUNK
+    comm.graph.pieces.CHUNK = comm.eager.schedule.CHUNK
     assert watch.after == [{}]  # 770 elements are 7 rows, each half of them 4
     assert [(record.kernel.rpartition(", ")[2], record.reason) for record in watch.decisions] == [
         ("in 4 pieces", "3,080 -> 910 bytes"), ("in 4 pieces", "3,080 -> 910 bytes"),
@@ -200,16 +200,16 @@ def ranks_that_decide_differently(rank: int, world: int) -> None:
                 comm.all_reduce(torch.ones(10))
         step = compiled(same)
         step(x).backward()
-        agreements = comm.group.group_of(None).agreements
+        agreements = comm.eager.group.group_of(None).agreements
         step(x).backward()
-        assert comm.group.group_of(None).agreements == agreements  # before the first step only
+        assert comm.eager.group.group_of(None).agreements == agreements  # before the first step only
     finally:
         comm.debug(False)
 
 
 def many_ranks(rank: int, world: int) -> None:
     """A sum over all in two shots, and one over a group of some in one, with ranks that are not in that group."""
-    comm.schedule.ONE_SHOT_BYTES = 0  # so that small tensors, too, go in two shots
+    comm.eager.schedule.ONE_SHOT_BYTES = 0  # so that small tensors, too, go in two shots
     some = dist.new_group([1, 3])
 
     def function(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ class Program:
 def program(seed: int, groups: list[tuple[str, int]]) -> Program:
     """The program of a seed over groups of these names and sizes, the same on every rank."""
     choose = random.Random(seed)
-    kinds = sorted(comm.cost.FORMS)
+    kinds = sorted(comm.policy.cost.FORMS)
     if choose.random() < 0.5:  # lanes that may be joined
         places, one = [choose.choice(groups)], [choose.choice(kinds)]
         lanes = tuple(_lane(choose, places, one) for _ in range(choose.randint(3, 5)))
@@ -124,7 +124,7 @@ def program(seed: int, groups: list[tuple[str, int]]) -> Program:
         kinds = choose.sample(kinds, choose.randint(1, 5))
         policy = comm.Policy(choose.choice(CODECS), tuple(kinds), choose.choice((0, 0, 2048)))
     if choose.random() < 0.3:
-        policy = policy.override(choose.choice((None, *CODECS)), kind=choose.choice(sorted(comm.cost.FORMS)))
+        policy = policy.override(choose.choice((None, *CODECS)), kind=choose.choice(sorted(comm.policy.cost.FORMS)))
     return Program(seed, lanes, policy)
 
 

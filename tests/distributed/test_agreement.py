@@ -155,7 +155,7 @@ def reordered_calls_in_debug(rank: int, world: int) -> None:
 
 def debug_alone_is_not_needed_twice(rank: int, world: int) -> None:
     """The second call of a kind exchanges no header: that is what makes the first cost nothing in a long run."""
-    group = comm.group.group_of(None)
+    group = comm.eager.group.group_of(None)
     comm.all_reduce(torch.ones(500))
     before = group.agreements
     for _ in range(3):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from distributed.torchrun import torchrun
+from torchrun import torchrun
 
 NUMBER = r" +([+-]?[\d.]+(?:e-?\d+)?)(?: %)?"
 

@@ -9,7 +9,7 @@ import torch
 
 import ranks
 from distributed import compiled_feedback
-from distributed.on_ranks import on_ranks
+from on_ranks import on_ranks
 
 
 def test_on_two_ranks_and_from_a_checkpoint(tmp_path: Path) -> None:

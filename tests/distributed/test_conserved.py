@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distributed.conserved import conserved, states
-from distributed.on_ranks import on_ranks
+from on_ranks import on_ranks
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -9,7 +9,7 @@ import pytest
 import qpass.comm
 from distributed.ddp_training import everything
 from distributed.hook_defects import DEFECTS, FINE_ONCE_REPAIRED
-from distributed.on_ranks import on_ranks
+from on_ranks import on_ranks
 
 Verdicts = list[dict[tuple[str, str], str]]
 Figures = list[dict[str, dict[str, Any]]]

@@ -61,7 +61,7 @@ def the_same_again(rank: int, world: int) -> None:
     hook = comm.ddp_hook(4 if rank else 8)
     with pytest.raises(AgreementError, match="codec: "):
         hook(None, Bucket(torch.ones(300)))
-    hook, group = comm.ddp_hook(), comm.group.group_of(None)
+    hook, group = comm.ddp_hook(), comm.eager.group.group_of(None)
     hook(None, Bucket(torch.ones(300))).wait()
     before = group.agreements
     hook(None, Bucket(torch.ones(300))).wait()

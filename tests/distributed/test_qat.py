@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from distributed.on_ranks import on_ranks
 from distributed.qat_training import batches, on_this_rank, prepared, qparams, train
+from on_ranks import on_ranks
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distributed import sharded_blocks
-from distributed.on_ranks import on_ranks
+from on_ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from distributed.torchrun import torchrun
+from torchrun import torchrun
 
 ROW = re.compile(r"(\w+(?: \+ \w+)?) +([\d.]+) +([\d.]+) +([+-][\d.]+) % +([\d.]+) +([\d.]+)")
 

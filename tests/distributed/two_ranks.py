@@ -9,7 +9,7 @@ import torch
 
 import qpass.comm
 from distributed import auto_quantize_defects, fsdp_training
-from distributed.on_ranks import on_ranks
+from on_ranks import on_ranks
 
 
 def calibrated() -> tuple[Any, str]:

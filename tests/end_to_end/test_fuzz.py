@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import qpass
-from end_to_end.bound import bounds
-from end_to_end.generate import BATCH, CONFIGS, Case, generate
+from bound import bounds
+from generate import BATCH, CONFIGS, Case, generate
 from qpass.ir.edit import get_constant
 
 COUNT, GROUP = 300, 25

@@ -15,7 +15,7 @@ from qpass.ir.constants import Constants
 from qpass.ir.frame import Pass
 from qpass.ir.record import FUSED_INTO, NodeRecord, describe, graph_record, record_of, set_record
 from qpass.ir.rule import NotAsked, Refusal, require
-from qpass.ir.source import module_stack, source_line, where
+from qpass.ir.source import module_stack, where
 from qpass.ir.text import target_name
 from qpass.islands.island import BATCH_NORM, IslandMatch
 from qpass.islands.views import carried

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,9 +44,9 @@ with torch.no_grad():
 
 
 def test_a_warm_cache_does_not_serve_the_weights_of_another_process() -> None:
-    tests = os.path.dirname(__file__)
+    support = str(Path(__file__).resolve().parents[1] / "support")
     for seed in ("1", "2"):
-        run = subprocess.run([sys.executable, "-c", PROCESS, seed, tests], capture_output=True, text=True)
+        run = subprocess.run([sys.executable, "-c", PROCESS, seed, support], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
 
 

@@ -186,8 +186,8 @@ print(len(uses))
 
 def uses_that_worked(seed: int, count: int) -> int:
     """`count` random uses, compiled together in a process of their own; 0 if it died or was wrong."""
-    here = Path(__file__).resolve().parent
-    paths = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
+    tests = Path(__file__).resolve().parents[1]
+    paths = f"import sys; sys.path[:0] = [{str(tests)!r}, {str(tests / 'support')!r}]\n"
     command = [sys.executable, "-W", "ignore", "-c", paths + USES, str(seed), str(count)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, f"seed {seed} ended with {result.returncode}:\n{result.stderr[-3000:]}"

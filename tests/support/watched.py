@@ -19,7 +19,7 @@ from qpass.comm.graph.collective import KINDS, is_other_collective, operator_of
 from qpass.ir.record import NodeRecord
 
 INT8 = comm.codec("int8")
-ALL = {"comm": comm.Policy("int8", tuple(comm.cost.FORMS), 0)}
+ALL = {"comm": comm.Policy("int8", tuple(comm.policy.cost.FORMS), 0)}
 
 
 class Watch:

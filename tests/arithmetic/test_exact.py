@@ -31,7 +31,7 @@ def inverse(scale: float) -> Fraction:
 
 
 def exact_code(x: float, low: int, high: int) -> int:
-    """The arithmetic of `qpass.arithmetic.numerics` in rational numbers: one float32 product, one rounding, saturation."""
+    """The arithmetic of `numerics` in rational numbers: one float32 product, one rounding, saturation."""
     return min(max(round(float32(Fraction(x) * INVERSE)) + ZERO_POINT, low), high)
 
 

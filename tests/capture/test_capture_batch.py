@@ -7,7 +7,7 @@ from torch.export import Dim
 
 from qpass.capture.export import capture
 from qpass.errors import InputError
-from tests.test_capture import Net, images, notes
+from tests.capture.test_capture import Net, images, notes
 
 
 class BranchOnOne(nn.Module):

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import qpass
-from end_to_end.bound import bounds
+from bound import bounds
 from qpass import presets
 from qpass.backend.compiled import compiled_graphs
 from qpass.errors import InputError, StrictError
