@@ -10,7 +10,6 @@ from qpass.ir.expression import Expr, aten
 from qpass.ir.rule import require
 from qpass.islands.island import ACTIVATION, FLOAT, WEIGHT, Island, IslandMatch
 from qpass.patterns.epilogues import add_codes, batch_norm, hardswish, relu, relu6, silu
-from qpass.targets.x86 import conv as x86_conv
 
 
 class Conv(Island):
@@ -23,7 +22,6 @@ class Conv(Island):
     name = "conv"
     operands = {"x": ACTIVATION, "w": WEIGHT(axis=0), "b": FLOAT}
     epilogues = (batch_norm, add_codes, relu, silu, hardswish, relu6)
-    kernels = {"x86": (x86_conv.PixelGemmAdd(), x86_conv.QconvAdd(), x86_conv.Qconv())}
 
     def pattern(self, x: Any, w: Any, b: Any, stride: Any, padding: Any, dilation: Any, groups: Any) -> list[Expr]:
         rest = (x, w, b, stride, padding, dilation, groups)

@@ -11,7 +11,6 @@ from qpass.ir.expression import Expr, aten
 from qpass.ir.rule import require
 from qpass.islands.island import ACTIVATION, Island, IslandMatch
 from qpass.patterns.epilogues import relu
-from qpass.targets.generic import loops as fused
 
 aten_ops = torch.ops.aten
 _LOOP = "element by element: Inductor fuses it into the loops around it"
@@ -29,8 +28,6 @@ KEPT: dict[object, str] = dict.fromkeys(
 class _Elementwise(Island):
     operands = {"x": ACTIVATION, "other": ACTIVATION}
     epilogues = (relu,)
-    kernels = {"x86": (fused.Pointwise(),)}
-    only_behind = "conv"
 
     def check(self, m: IslandMatch, constants: Constants) -> None:
         same = all(hasattr(v, "meta") and "val" in v.meta for v in (m.x, m.other))

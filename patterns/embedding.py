@@ -8,7 +8,6 @@ from qpass.ir.constants import Constants
 from qpass.ir.expression import Expr, aten
 from qpass.ir.rule import require
 from qpass.islands.island import WEIGHT, Island, IslandMatch
-from qpass.targets.generic import loops as fused
 
 
 class Embedding(Island):
@@ -19,7 +18,6 @@ class Embedding(Island):
 
     name = "embedding"
     operands = {"w": WEIGHT(axis=0)}
-    kernels = {"x86": (fused.GatherRows(),)}
 
     def pattern(self, w: Any, indices: Any) -> Expr:
         return aten.embedding(w, indices)

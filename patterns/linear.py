@@ -9,8 +9,6 @@ from qpass.ir.expression import Expr, aten
 from qpass.ir.rule import require
 from qpass.islands.island import ACTIVATION, FLOAT, WEIGHT, Island, IslandMatch
 from qpass.patterns.epilogues import add, gelu, hardswish, relu, relu6, silu
-from qpass.targets.generic import loops as fused
-from qpass.targets.x86 import linear as x86
 
 
 class Linear(Island):
@@ -23,7 +21,6 @@ class Linear(Island):
     name = "linear"
     operands = {"x": ACTIVATION, "w": WEIGHT(axis=0), "b": FLOAT}
     epilogues = (relu, gelu, silu, hardswish, relu6, add)
-    kernels = {"x86": (x86.Qlinear(), x86.QlinearPerToken(), x86.Int8WeightOnly(), fused.DequantizedWeight())}
 
     def pattern(self, x: Any, w: Any, b: Any) -> Expr:
         return aten.linear(x, w, b)

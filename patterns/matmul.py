@@ -9,7 +9,6 @@ from qpass.ir.expression import Expr, aten
 from qpass.ir.rule import require
 from qpass.islands.island import ACTIVATION, FLOAT, WEIGHT, Island, IslandMatch
 from qpass.patterns.epilogues import add, gelu, hardswish, relu, relu6, silu
-from qpass.targets.x86 import linear as x86
 
 
 class Matmul(Island):
@@ -22,7 +21,6 @@ class Matmul(Island):
     name = "matmul"
     operands = {"x": ACTIVATION, "w": WEIGHT(axis=1), "b": FLOAT}
     epilogues = (relu, gelu, silu, hardswish, relu6, add)
-    kernels = {"x86": (x86.Qlinear(), x86.QlinearPerToken(), x86.Int8WeightOnly())}
 
     def pattern(self, x: Any, w: Any, b: Any) -> list[Expr]:
         return [aten.addmm(b, x, w, beta=1, alpha=1), aten.mm(x, w), aten.matmul(x, w)]

@@ -6,7 +6,6 @@ from typing import Any
 
 from qpass.ir.expression import Expr, aten
 from qpass.islands.island import ACTIVATION, Island
-from qpass.targets.generic import loops as fused
 
 
 class AvgPool(Island):
@@ -17,8 +16,6 @@ class AvgPool(Island):
 
     name = "avg_pool"
     operands = {"x": ACTIVATION}
-    kernels = {"x86": (fused.Pointwise(),)}
-    only_behind = "conv"
 
     def pattern(self, x: Any) -> list[Expr]:
         return [aten.adaptive_avg_pool2d(x), aten.avg_pool2d(x), aten.adaptive_avg_pool1d(x), aten.mean.dim(x)]

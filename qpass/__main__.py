@@ -87,7 +87,7 @@ def env(options: argparse.Namespace) -> int:
     import torch
 
     import qpass
-    from qpass.targets import registry
+    from qpass.targets import X86
 
     def installed(name: str) -> str:
         try:
@@ -95,7 +95,7 @@ def env(options: argparse.Namespace) -> int:
         except PackageNotFoundError:
             return "not installed"
 
-    missing = registry.get("x86").missing()
+    missing = X86.missing()
     told = {
         "qpass": qpass.__version__, "torch": torch.__version__, "python": platform.python_version(),
         "system": platform.platform(), "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -22,6 +22,7 @@ from qpass.quantize.stages import convert_graph, prepare_graph
 from qpass.spec import presets
 from qpass.spec.config import Config
 from qpass.spec.fake_quantize.spec_state import keep_specs
+from qpass.targets import AUTO, Target
 
 
 def prepare(
@@ -31,7 +32,7 @@ def prepare(
     kwargs: dict[str, Any] | None = None,
     config: Config | str | None = None,
     dynamic_shapes: Any = None,
-    target: str = "x86",
+    target: str | Target = AUTO,
 ) -> fx.GraphModule | FirstBatch:
     """Capture ``model`` and put observers where ``config`` and the catalogue say; nothing is rounded yet.
 
@@ -47,7 +48,8 @@ def prepare(
         config: a :class:`Config`, a preset's name, or None for ``int8_static``.
         dynamic_shapes: as in ``torch.export.export``; by default dimension 0 of every tensor is dynamic where the
             model allows it.
-        target: the target whose kernels decide what is worth quantizing.
+        target: the target whose kernels decide what is worth quantizing, or its name; "auto" is the one that serves
+            the device of the parameters.
 
     Returns:
         A module that computes what ``model`` computes, bit for bit, and observes ranges meanwhile. For training: one
@@ -147,7 +149,7 @@ def convert(prepared: torch.nn.Module, *, strict: bool = False) -> fx.GraphModul
     return quantized
 
 
-def lower(quantized: fx.GraphModule, *, target: str = "", strict: bool = False) -> fx.GraphModule:
+def lower(quantized: fx.GraphModule, *, target: str | Target = "", strict: bool = False) -> fx.GraphModule:
     """The lowered model: int8 kernels instead of q/dq islands; ``torch.compile(..., backend="qpass")`` does it too.
 
     The result is a copy, as that of :func:`convert` is: weights are packed, and everything else is copied. It loads no

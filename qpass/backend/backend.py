@@ -32,6 +32,7 @@ from qpass.quantize.stages import convert_graph, prepare_graph
 from qpass.spec import QuantizationSpec, presets
 from qpass.spec.config import Config
 from qpass.spec.fake_quantize import FakeQuantizeBase
+from qpass.targets import AUTO, Target, for_graph
 
 log = logging.getLogger(__name__)
 
@@ -45,22 +46,16 @@ EXACT = {"emulate_precision_casts": True}
 class Backend:
     """A backend for ``torch.compile``; equal settings compare equal, so they do not recompile.
 
-<<<<<<< Updated upstream
-    A converted model is lowered. A float model without gradients is quantized by ``config``, which must not need
-    calibration; gradients that are off inside of it are off. With gradients it is compiled as it is, with a warning
-    unless it is in training mode or ``comm`` is given; so is one without a config, silently. ``inductor`` are options
-    for Inductor's own configuration, applied to this compilation alone; a ``mode`` of torch.compile stands for some of
-=======
     A converted model is lowered; where gradients are asked of it, its q/dq graph is compiled, and they pass straight
-    through rounding. A float model without gradients is quantized by ``config``, which must not need
-    calibration. A float model in training, or without a config, is compiled as it is. ``inductor`` are options for
-    Inductor's own configuration, applied to this compilation alone; a ``mode`` of torch.compile stands for some of
->>>>>>> Stashed changes
+    through rounding. A float model without gradients is quantized by ``config``, which must not need calibration;
+    gradients that are off inside of it are off. With gradients it is compiled as it is, with a warning unless it is in
+    training mode or ``comm`` is given; so is one without a config, silently. ``inductor`` are options for Inductor's
+    own configuration, applied to this compilation alone; a ``mode`` of torch.compile stands for some of
     them. ``comm`` says which collectives are compressed, in the forward graph and in the backward one.
     """
 
     config: Config | None
-    target: str = "x86"
+    target: str | Target = AUTO
     strict: bool = False
     inductor: tuple[tuple[str, Any], ...] = ()
     comm: Policy | None = None
@@ -105,7 +100,7 @@ class Backend:
             return call
         captured = from_dynamo(gm, example_inputs)
         normalize(captured.graph_module)
-        lowered = lower_graph(self._quantized(captured.graph_module), self.target, self.strict)
+        lowered = lower_graph(self._quantized(captured.graph_module), strict=self.strict)
         positions = list(captured.bindings.values())
         weights = [captured.arguments[index] for index in positions]
         settings: dict[str, Any] = {
@@ -166,7 +161,7 @@ class Backend:
 
 
 def backend(
-    config: Config | str | None = None, *, target: str = "x86", strict: bool = False,
+    config: Config | str | None = None, *, target: str | Target = AUTO, strict: bool = False,
     inductor: Mapping[str, Any] | None = None, comm: str | Codec | Policy | Mapping[str, Any] | None = None,
 ) -> Backend:
     """A checked backend: ``torch.compile(model, backend=qpass.backend("int8_dynamic"))``.
@@ -215,13 +210,14 @@ def qpass_backend(
     return backend(**given)(gm, example_inputs, mode=mode)
 
 
-def accounted(graph: fx.GraphModule, target: str) -> fx.GraphModule:
+def accounted(graph: fx.GraphModule, target: str | Target) -> fx.GraphModule:
     """A retraced graph at the quantized stage, with a record on every operation, as ``prepare`` leaves them."""
+    chosen = for_graph(graph, target)
     record = graph_record(graph)
-    record.stage, record.target = "quantized", target
+    record.stage, record.target = "quantized", chosen.name
     record.float_bytes = float_bytes(regions(graph))
     for region in regions(graph):
-        RecogniseIslands(target).run(region)
+        RecogniseIslands(chosen).run(region)
     return graph
 
 

@@ -1,4 +1,4 @@
-"""Islands: a float operation with quantizable operands, the operations fused behind it, and the kernels that run it.
+"""Islands: a float operation with quantizable operands, and the operations that a kernel may run behind it.
 
 An island is written once, in its float form. Its q/dq form is *derived*: the same expression, with each quantizable
 operand read through the dequantize node in front of it. ``prepare`` matches the float form to place observers,
@@ -16,10 +16,8 @@ import torch
 from torch import fx
 
 from qpass.ir.constants import Constants
-from qpass.ir.edit import Editor
 from qpass.ir.expression import Expr
 from qpass.ir.match import Match, Matcher
-from qpass.ir.rule import Refusal
 from qpass.islands.qdq import SYMMETRIC_CHOICES, QParams, as_dequantize, cast_of
 from qpass.spec import QuantizationSpec
 
@@ -96,46 +94,12 @@ class IslandMatch(Match):
 Specs = Mapping[str, QuantizationSpec]
 
 
-class Kernel:
-    """A kernel of a target: which fusions and operand specs it takes, and how it is put into a graph."""
-
-    name: ClassVar[str]
-    fusions: ClassVar[frozenset[tuple[str, ...]]] = frozenset({()})
-
-    def check(self, m: IslandMatch, specs: Specs) -> None:
-        """Refuse operand specs or shapes that the kernel does not run."""
-
-    def emit(self, m: IslandMatch, out: Output, edit: Editor) -> fx.Node:
-        """Insert the kernel for a matched q/dq form before ``out.node`` and return the node that replaces it."""
-        raise NotImplementedError
-
-    def output(self, m: IslandMatch) -> Output:
-        """How far the kernel's result reaches: the plain result unless a kernel rounds or casts it by itself.
-
-        May refuse, when the kernel must round its result and no reader asks for that.
-        """
-        return Output(m.output)
-
-
-@dataclass(frozen=True)
-class Output:
-    """The node that a kernel's result replaces, with the dtype and qparams in which the kernel writes it."""
-
-    node: fx.Node
-    dtype: torch.dtype = torch.float32
-    scale: float = 1.0
-    zero_point: int = 0
-
-
 class Island:
     """Base of the catalogue's compute patterns; the first line of the docstring is the law."""
 
     operands: ClassVar[Mapping[str, Operand]] = {}
     epilogues: ClassVar[tuple[Epilogue, ...]] = ()
-    kernels: ClassVar[Mapping[str, tuple[Kernel, ...]]] = {}
     name: ClassVar[str]
-    only_behind: ClassVar[str] = ""
-    """The island that must stand in front of this one for it to pay."""
 
     def pattern(self, *captures: Any) -> Expr | Iterable[Expr]:
         """The float expression; the parameters are the captures."""
@@ -180,26 +144,6 @@ class Island:
                 if current not in others:
                     return epilogue, found
         return None
-
-    def kernel_for(self, target: str, m: IslandMatch, specs: Specs, final: bool = False) -> tuple[Kernel, Output]:
-        """The first kernel of ``target`` that takes these operand specs; refuses with every kernel's reason.
-
-        ``final``: the graph is quantized, so what a kernel asks of its readers holds or does not, and is checked too.
-        """
-        reasons = []
-        for kernel in self.kernels.get(target, ()):
-            if m.fused not in kernel.fusions:
-                continue
-            try:
-                kernel.check(m, specs)
-                return kernel, kernel.output(m) if final else Output(m.output)
-            except Refusal as refusal:
-                reasons.append(refusal.reason)
-        raise Refusal("; ".join(dict.fromkeys(reasons)) or f"{target} has no int8 kernel for {self.name}")
-
-    def fusions(self, target: str) -> set[tuple[str, ...]]:
-        """All chains of fused operations that some kernel of ``target`` runs."""
-        return {fusion for kernel in self.kernels.get(target, ()) for fusion in kernel.fusions}
 
 
 def quantized_operands(m: IslandMatch) -> dict[str, QParams]:

@@ -16,18 +16,17 @@ from qpass.quantize.passes.fold_constants import FoldConstants
 from qpass.quantize.passes.keep_strides import KeepStrides
 from qpass.quantize.passes.lower_islands import LowerIslands
 from qpass.quantize.passes.merge_siblings import MergeSiblings
-from qpass.targets import registry
+from qpass.targets import Target, get
 
 
-def pipeline(target: str) -> Pipeline:
+def pipeline(target: Target) -> Pipeline:
     """The passes from the quantized to the lowered stage."""
-    missing = registry.get(target).missing()
-    islands = (MergeSiblings(target), LowerIslands(target, missing))
+    islands = (MergeSiblings(target), LowerIslands(target, target.missing()))
     return Pipeline("lowered", (LowerCollectives(), CarryCodes(), *islands, KeepStrides(), FoldConstants()))
 
 
 @without_gc()
-def lower_graph(quantized: fx.GraphModule, target: str = "", strict: bool = False) -> fx.GraphModule:
+def lower_graph(quantized: fx.GraphModule, target: str | Target = "", strict: bool = False) -> fx.GraphModule:
     """A lowered copy of a quantized graph; weights that no kernel packs are shared with it.
 
     Raises:
@@ -39,7 +38,7 @@ def lower_graph(quantized: fx.GraphModule, target: str = "", strict: bool = Fals
         what = f"lower takes a quantized graph, and this one is {record.stage}"
         raise LowerError(what, hint="call qpass.convert first")
     gm = copy_graph_module(quantized, Draft)
-    pipeline(target or record.target or "x86").run(gm)
+    pipeline(get(target or record.target or "x86")).run(gm)
     gm = rebuild(gm)
     if strict:
         unfused = [

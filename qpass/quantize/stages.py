@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from qpass import targets
 from qpass.errors import ConfigError, ConvertError, StrictError
 from qpass.ir.edit import copy_graph_module, get_constant, rebuild
 from qpass.ir.gradient import DETACH
@@ -29,25 +30,27 @@ from qpass.quantize.passes.remove_modes import RemoveModes
 from qpass.quantize.passes.set_dropout_aside import SetDropoutAside
 from qpass.spec.config import Config, resolve_compute_dtype, unmatched
 from qpass.spec.fake_quantize import FakeQuantizeBase
-from qpass.targets import registry
+from qpass.targets import Target
 
 
 @without_gc()
-def prepare_graph(captured: fx.GraphModule, config: Config, target: str, partial: bool = False) -> fx.GraphModule:
+def prepare_graph(
+    captured: fx.GraphModule, config: Config, target: str | Target, partial: bool = False
+) -> fx.GraphModule:
     """A prepared copy of a captured graph; weights are shared, unless they are to be trained. ``partial``: the graph
     may be a part of a model, whose other parts the overrides may mean.
 
     Raises:
         ConfigError: an override matches nothing, the target is unknown, or nothing can be quantized.
     """
-    registry.get(target)
+    chosen = targets.for_graph(captured, target)
     gm = copy_graph_module(captured, Draft)
     record = graph_record(gm)
     record.config = config
     record.float_bytes = constant_bytes(gm)
-    annotate = Annotate(config, target)
+    annotate = Annotate(config, chosen)
     dtype = resolve_compute_dtype(config)
-    expands = registry.get(target).attention_by_matmul()
+    expands = chosen.expands_attention()
     casts = () if dtype is None else (AssignComputeDtype(dtype, expands),)
     passes = (SetDropoutAside(), annotate, InsertObservers(), *casts, InsertModes())
     Pipeline("prepared", passes).run(gm)

@@ -20,7 +20,7 @@ from bound import bounds
 from qpass import presets
 from qpass.backend.compiled import compiled_graphs
 from qpass.errors import InputError, StrictError
-from qpass.targets.x86 import linear as x86
+from qpass.targets import X86
 
 DYNAMIC = presets.int8_dynamic("token", compute_dtype=None)
 STATIC = presets.int8_static(compute_dtype=None)
@@ -79,7 +79,7 @@ def test_a_converted_model_is_lowered(backend: Any) -> None:
     report = qpass.report(compiled)
     assert report.stage == "lowered"
     assert report.count("unaccounted") == 0
-    if not x86.missing():
+    if not X86.missing():
         assert kernels(compiled) == {"onednn.qlinear": 2}
 
 
@@ -129,7 +129,7 @@ def test_a_float_model_is_quantized_dynamically_and_follows_its_weights() -> Non
     model, x = Mlp().eval(), torch.randn(16, 32)
     compiled = torch.compile(model, backend="qpass", options={"config": DYNAMIC})
     assert_obeys(compiled, converted(model, x, DYNAMIC), x)
-    if not x86.missing():
+    if not X86.missing():
         assert kernels(compiled) == {"onednn.qlinear (per token)": 2}
 
     model.load_state_dict(Mlp().state_dict())
@@ -177,7 +177,7 @@ def test_tensors_that_forward_makes_are_constants_and_keep_up_with_weights() -> 
         model.fc.weight.mul_(-3)
 
 
-@pytest.mark.skipif(bool(x86.missing()), reason=x86.missing())
+@pytest.mark.skipif(bool(X86.missing()), reason=X86.missing())
 @torch.no_grad()
 def test_what_a_range_and_its_codes_read_is_computed_once() -> None:
     model, x = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8)).eval(), torch.randn(16, 32)
@@ -205,7 +205,7 @@ def test_parts_of_a_model_that_breaks_the_graph() -> None:
         torch.testing.assert_close(result, model.down(up(x)), rtol=0, atol=1e-5)
     report = qpass.report(compiled)
     assert report.graphs == 2
-    assert report.count("lowered" if not x86.missing() else "quantized") == 1
+    assert report.count("lowered" if not X86.missing() else "quantized") == 1
     assert report.count("float") == 1
 
 

@@ -21,10 +21,11 @@ from interpret import assert_true_vals
 from law import compare_kernels
 from models import MODELS, fresh_inputs
 from qpass.ir.edit import Editor
-from qpass.islands.island import IslandMatch, Output
+from qpass.islands.island import IslandMatch
 from qpass.presets import int8_dynamic, int8_static, int8_weight_only
 from qpass.spec.config import Config
-from qpass.targets.x86 import linear as x86
+from qpass.targets import Output
+from qpass.targets.x86 import linear
 from qpass.targets.x86.packing import packed
 from road import PER_TOKEN, STATIC, Do, kernel_names, same
 
@@ -96,8 +97,8 @@ def test_lowering_costs_no_accuracy(name: str, config: str) -> None:
 # The judge is judged: it must notice an error of one part in two thousand, and of one weight's code.
 
 
-def wrong_scale(self: x86.Qlinear, m: IslandMatch) -> Output:
-    right = x86.requantized_output(m)
+def wrong_scale(self: linear.Qlinear, m: IslandMatch) -> Output:
+    right = linear.requantized_output(m)
     return right if right.dtype.is_floating_point else replace(right, scale=right.scale * 1.0005)
 
 
@@ -113,8 +114,8 @@ def wrong_code(m: IslandMatch, edit: Editor, before: fx.Node) -> tuple[fx.Node, 
 @pytest.mark.parametrize(
     ("owner", "name", "wrong", "expected"),
     [
-        (x86.Qlinear, "output", wrong_scale, "rounds quantize_per_tensor_default_1 differently"),
-        (x86, "pack_linear", wrong_code, "onednn.qlinear_pointwise"),
+        (linear.Qlinear, "output", wrong_scale, "rounds quantize_per_tensor_default_1 differently"),
+        (linear, "pack_linear", wrong_code, "onednn.qlinear_pointwise"),
     ],
 )
 def test_a_kernel_that_is_a_little_wrong_is_noticed(

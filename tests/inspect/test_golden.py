@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import qpass
 from qpass.capture.export import capture
-from qpass.targets.x86 import linear as x86
+from qpass.targets import X86
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -55,8 +55,8 @@ def test_the_text_of_each_stage() -> None:
     found = texts()
     assert found["prepare"] + "\n" == expected("prepare")
     assert found["convert"] + "\n" == expected("convert")
-    if x86.missing():
-        pytest.skip(f"no int8 kernels here, so lowering is another: {x86.missing()}")
+    if X86.missing():
+        pytest.skip(f"no int8 kernels here, so lowering is another: {X86.missing()}")
     assert found["lower"] + "\n" == expected("lower")
 
 

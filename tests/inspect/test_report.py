@@ -16,7 +16,7 @@ from qpass.inspect import Report, Row, report_graphs
 from qpass.inspect.render.report_text import path_patterns
 from qpass.ir.record import NodeRecord, graph_record, record_of, set_record
 from qpass.ir.text import graph_text, target_name
-from qpass.targets.x86 import linear as x86
+from qpass.targets import X86
 
 
 class Net(nn.Module):
@@ -48,7 +48,7 @@ def node_of(gm: torch.fx.GraphModule, op: str) -> torch.fx.Node:
     return next(node for node in gm.graph.nodes if target_name(node) == op)
 
 
-needs_kernels = pytest.mark.skipif(bool(x86.missing()), reason=f"no int8 kernels here: {x86.missing()}")
+needs_kernels = pytest.mark.skipif(bool(X86.missing()), reason=f"no int8 kernels here: {X86.missing()}")
 
 
 # The text
@@ -172,7 +172,7 @@ def test_lowered(graphs: dict[str, torch.fx.GraphModule]) -> None:
 
 
 def test_without_kernels_the_reason_is_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(x86, "missing", lambda: "this CPU is too old")
+    monkeypatch.setitem(vars(X86), "missing", lambda: "this CPU is too old")
     lowered = stages(Net(), torch.randn(8, 16))["lowered"]
     found = qpass.report(lowered)
     assert found.count("lowered") == 0

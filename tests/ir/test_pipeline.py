@@ -18,6 +18,7 @@ from qpass.ir.record import Stage, graph_record
 from qpass.ir.text import target_name
 from qpass.ir.verify import verify
 from qpass.quantize.lower import pipeline
+from qpass.targets import X86
 from road import STATIC, Do, road
 
 aten = torch.ops.aten
@@ -153,7 +154,7 @@ def test_the_real_passes_leave_a_valid_graph_each(name: str) -> None:
         stages.append((run.name, graph_record(gm).stage))
 
     copy = copy_graph_module(quantized)
-    pipeline("x86").run(copy, between=(check,))
+    pipeline(X86).run(copy, between=(check,))
     passes = ["lower_collectives", "carry_codes", "merge_siblings", "lower_islands", "fold_constants"]
     assert [step for step, _ in stages] == passes
     assert {stage for _, stage in stages} == {"quantized"}  # the stage is reached when all have run

@@ -16,8 +16,6 @@ from qpass.islands.island import (
     WEIGHT,
     Island,
     IslandMatch,
-    Kernel,
-    Output,
     Specs,
     codes_of,
     quantized_operands,
@@ -25,6 +23,7 @@ from qpass.islands.island import (
 from qpass.patterns import Linear
 from qpass.patterns.epilogues import add, relu
 from qpass.spec import PerTensor, PerToken, QuantizationSpec
+from qpass.targets import Kernel, Output, Target
 from road import PER_TOKEN, STATIC, Do, road
 
 LINEAR = torch.ops.aten.linear.default
@@ -59,7 +58,6 @@ class Product(Island):
     name = "product"
     operands: ClassVar = {"x": ACTIVATION, "w": WEIGHT(axis=0), "b": FLOAT}
     epilogues = (relu, add)
-    kernels: ClassVar = {"here": (Relu(), OnlyStatic())}
 
     def pattern(self, x: Any, w: Any, b: Any) -> Expr:
         return aten.linear(x, w, b)
@@ -118,30 +116,29 @@ def test_a_node_that_another_island_took_is_left_alone() -> None:
     assert list(Product().matches(linear, FUSIONS, {linear})) == []
 
 
+HERE = Target("here", "cpu", {Product: (Relu(), OnlyStatic())})
 STATIC_X = {"x": QuantizationSpec(torch.uint8, PerTensor(), symmetric=False)}
 DYNAMIC_X = {"x": QuantizationSpec(torch.int8, PerToken(), dynamic=True)}
 
 
 def test_the_first_kernel_that_accepts_runs_it() -> None:
-    island = Product()
-    with_relu, plain = matches(block(lambda m, x, y: torch.relu(m.a(x))), island.fusions("here"))
-    assert island.fusions("here") == {(), ("relu",)}
-    assert island.kernel_for("here", with_relu, STATIC_X)[0].name == "relu"
-    assert island.kernel_for("here", plain, STATIC_X)[0].name == "only static"
+    with_relu, plain = matches(block(lambda m, x, y: torch.relu(m.a(x))), HERE.fusions(Product()))
+    assert HERE.fusions(Product()) == {(), ("relu",)}
+    assert HERE.kernel_for(with_relu, STATIC_X)[0].name == "relu"
+    assert HERE.kernel_for(plain, STATIC_X)[0].name == "only static"
 
 
 def test_what_a_kernel_asks_of_its_readers_is_checked_when_the_graph_is_final() -> None:
-    island = Product()
-    with_relu, _ = matches(block(lambda m, x, y: torch.relu(m.a(x))), island.fusions("here"))
-    assert island.kernel_for("here", with_relu, STATIC_X, final=True)[0].name == "only static"
+    with_relu, _ = matches(block(lambda m, x, y: torch.relu(m.a(x))), HERE.fusions(Product()))
+    assert HERE.kernel_for(with_relu, STATIC_X, final=True)[0].name == "only static"
     with pytest.raises(Refusal) as refused:
-        island.kernel_for("here", with_relu, DYNAMIC_X, final=True)
+        HERE.kernel_for(with_relu, DYNAMIC_X, final=True)
     assert refused.value.reason == "the result leaves the graph; it takes static activations"
 
 
 def test_a_target_without_kernels_is_named() -> None:
     with pytest.raises(Refusal) as refused:
-        Product().kernel_for("there", matches(block(lambda m, x, y: m.a(x)))[0], STATIC_X)
+        Target("there", "cpu", {}).kernel_for(matches(block(lambda m, x, y: m.a(x)))[0], STATIC_X)
     assert refused.value.reason == "there has no int8 kernel for product"
 
 

@@ -32,7 +32,7 @@ from qpass.quantize.lower import pipeline
 from qpass.quantize.passes.annotate import ISLAND
 from qpass.quantize.passes.carry_codes import CarryCodes
 from qpass.spec import PerChannel, PerGroup
-from qpass.targets.x86 import linear as x86
+from qpass.targets import X86
 
 aten = torch.ops.aten
 U = 2.0**-24
@@ -59,15 +59,15 @@ def compare_kernels(quantized: fx.GraphModule, *inputs: Tensor) -> list[Compared
 
     Skips the test on a machine without the kernels.
     """
-    if x86.missing():
-        pytest.skip(x86.missing())
+    if X86.missing():
+        pytest.skip(X86.missing())
     reference = copy_graph_module(quantized)
     Pipeline("quantized", (CarryCodes(),)).run(reference)
     known = values(reference, *inputs)
     lowered = copy_graph_module(reference)
     stands_for: dict[str, str] = {}
     lowered._register_replace_node_hook(lambda old, new, user: stands_for.update({new: old.name}))
-    pipeline("x86").run(lowered)
+    pipeline(X86).run(lowered)
     follower = _Follower(lowered, {node.name: value for node, value in known.items()}, stands_for)
     with torch.no_grad():
         follower.run(*inputs)

@@ -18,6 +18,7 @@ from qpass.ir.text import target_name
 from qpass.presets import int8_dynamic, int8_static, int8_weight_only
 from qpass.quantize.passes.annotate import Annotate
 from qpass.spec.config import Config
+from qpass.targets import X86
 
 STATIC = int8_static(compute_dtype=None)
 PER_TOKEN = int8_dynamic("token", compute_dtype=None)
@@ -73,7 +74,7 @@ def same(a: Any, b: Any) -> bool:
 def decisions(model: nn.Module, *inputs: Tensor, config: Config = STATIC) -> dict[str, NodeRecord]:
     """The record of each operation by its name, as ``annotate`` leaves it; ``name_1`` for the second of a kind."""
     gm = capture(model.eval(), inputs)
-    Annotate(config, "x86").run(gm)
+    Annotate(config, X86).run(gm)
     return records(gm)
 
 

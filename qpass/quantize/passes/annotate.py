@@ -22,6 +22,7 @@ from qpass.islands.views import carried
 from qpass.patterns import CATALOGUE, KEPT_IN_FLOAT
 from qpass.spec import PerChannel, PerGroup, QuantizationSpec
 from qpass.spec.config import Config, Resolved
+from qpass.targets import Target
 
 EDGES = "qpass_edges"
 """``meta`` key on a consumer: {source node: spec}, read and removed by ``insert_observers``."""
@@ -40,7 +41,7 @@ class Annotate(Pass):
     """
 
     config: Config
-    target: str
+    target: Target
     seen: Seen = field(default_factory=lambda: Seen(), compare=False)
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -56,14 +57,14 @@ class Annotate(Pass):
                 self.seen.resolve(self.config, node)
                 if record_of(node) is None and computes_floats(node):
                     set_record(node, uncovered(node))
-        graph_record(gm).target = self.target
+        graph_record(gm).target = self.target.name
         return count
 
     def _visit(self, node: fx.Node, dependent: bool, constants: Constants, taken: set[fx.Node]) -> int:
-        for island in CATALOGUE:
-            if bool(island.only_behind) != dependent:
+        for island in self.target.islands(CATALOGUE):
+            if (type(island) in self.target.only_behind) != dependent:
                 continue
-            fusions = island.fusions(self.target) or {()}
+            fusions = self.target.fusions(island) or {()}
             refused: Refusal | None = None
             for m in island.matches(node, fusions | {(BATCH_NORM, *fusion) for fusion in fusions}, taken):
                 try:
@@ -75,7 +76,7 @@ class Annotate(Pass):
                 taken.update(m.nodes)
                 return 1
             if refused is not None:
-                asked = not isinstance(refused, NotAsked) and not island.only_behind
+                asked = not isinstance(refused, NotAsked) and not dependent
                 set_record(node, describe(node, "float", island.name, reason=refused.reason).but(asked=asked))
         return 0
 
@@ -93,14 +94,12 @@ class Annotate(Pass):
         others = sorted(map(dtype_name, dtypes - {torch.float32}))
         require(not others, f"it computes in {', '.join(others)}; float32 is quantized: model.float() makes it so")
         island.check(m, constants)
-        behind = island.only_behind
-        if behind:
+        before = self.target.only_behind.get(type(island))
+        if before is not None:
             sources = [m.captures[name] for name in m.operands]
-            require(
-                all(behind_island(source, behind) for source in sources),
-                f"pays only where a quantized {behind} stands before it",
-            )
-        island.kernel_for(self.target, m, specs)
+            stands = all(behind_island(source, before.name, self.target) for source in sources)
+            require(stands, f"pays only where a quantized {before.name} stands before it")
+        self.target.kernel_for(m, specs)
         return specs
 
 
@@ -179,12 +178,13 @@ def mark(m: IslandMatch, specs: dict[str, QuantizationSpec]) -> None:
         set_record(fused.root, describe(fused.root, "quantized", m.island.name, reason=f"{FUSED_INTO}{m.root.name}"))
 
 
-def behind_island(source: object, name: str) -> bool:
-    """Whether a value comes from a quantized island ``name``, or one that itself only stands behind it."""
+def behind_island(source: object, name: str, target: Target) -> bool:
+    """Whether a value comes from a quantized island ``name``, or from one that ``target`` quantizes only behind it."""
+    followers = {island.name for island, before in target.only_behind.items() if before.name == name}
     while isinstance(source, fx.Node):
         found = source.meta.get(ISLAND)
         if found is not None:
-            return found == name or any(i.name == found and i.only_behind == name for i in CATALOGUE)
+            return found == name or found in followers
         inputs = carried(source)
         source = inputs[0] if len(inputs) == 1 else None
     return False

@@ -12,8 +12,9 @@ from qpass.ir.frame import Pass
 from qpass.ir.record import describe, record_of, set_record
 from qpass.ir.rule import Refusal
 from qpass.ir.strides import stand_for
-from qpass.islands.island import Island, IslandMatch, Output, quantized_operands, spec_of
+from qpass.islands.island import Island, IslandMatch, quantized_operands, spec_of
 from qpass.patterns import CATALOGUE
+from qpass.targets import Output, Target
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class LowerIslands(Pass):
     ``missing`` says why the machine has none of the target's kernels; then every island stays as it is, and says so.
     """
 
-    target: str
+    target: Target
     missing: str = ""
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -33,8 +34,8 @@ class LowerIslands(Pass):
         for node in list(gm.graph.nodes):
             if node.op != "call_function" or node in taken or node in constants:
                 continue
-            for island in CATALOGUE:
-                matches = list(island.matches(node, island.fusions(self.target) or {()}, taken))
+            for island in self.target.islands(CATALOGUE):
+                matches = list(island.matches(node, self.target.fusions(island) or {()}, taken))
                 if any(quantized_operands(m) for m in matches):
                     count += self._lower(island, matches, edit, constants, taken)
                     break
@@ -50,7 +51,7 @@ class LowerIslands(Pass):
             try:
                 island.check(m, constants)
                 specs = {name: spec_of(qparams, constants) for name, qparams in quantized_operands(m).items()}
-                kernel, out = island.kernel_for(self.target, m, specs, final=True)
+                kernel, out = self.target.kernel_for(m, specs, final=True)
             except Refusal as refusal:
                 reason = refusal.reason
                 continue

@@ -23,6 +23,7 @@ from qpass.islands.island import IslandMatch
 from qpass.islands.qdq import Pair, as_dequantize, cast_of, only_quantize
 from qpass.patterns import Linear
 from qpass.spec import PerChannel
+from qpass.targets import Target
 
 aten = torch.ops.aten
 _LINEAR = Linear()
@@ -36,13 +37,13 @@ class MergeSiblings(Pass):
     feeds a fused operation or is rounded right away: those gain more from a kernel of their own.
     """
 
-    target: str
+    target: Target
 
     def run(self, gm: fx.GraphModule) -> int:
         edit, constants = Editor(gm, self.name), Constants(gm)
         groups: dict[Any, list[IslandMatch]] = defaultdict(list)
         for node in gm.graph.nodes:
-            m = next(_LINEAR.matches(node, _LINEAR.fusions(self.target)), None) if node.op == "call_function" else None
+            m = next(_LINEAR.matches(node, self.target.fusions(_LINEAR)), None) if node.op == "call_function" else None
             key = _key(m, constants) if m is not None else None
             if m is not None and key is not None:
                 groups[key].append(m)

@@ -16,6 +16,7 @@ from qpass.islands.island import IslandMatch, quantized_operands
 from qpass.islands.qdq import as_dequantize, as_quantize
 from qpass.patterns import CATALOGUE
 from qpass.quantize.passes.annotate import uncovered
+from qpass.targets import Target
 
 CONVERTED_IN_FLOAT = "it has no q/dq pair: it was left in float when the model was converted"
 
@@ -27,7 +28,7 @@ class RecogniseIslands(Pass):
     A trace by Dynamo keeps no record. What was quantized is read off the graph; why the rest was not is lost.
     """
 
-    target: str
+    target: Target
 
     def run(self, gm: fx.GraphModule) -> int:
         constants = Constants(gm)
@@ -44,14 +45,14 @@ class RecogniseIslands(Pass):
 
     def _visit(self, node: fx.Node, taken: set[fx.Node]) -> None:
         covered = ""
-        for island in CATALOGUE:
-            matches = list(island.matches(node, island.fusions(self.target) or {()}, taken))
+        for island in self.target.islands(CATALOGUE):
+            matches = list(island.matches(node, self.target.fusions(island) or {()}, taken))
             quantized = next((m for m in matches if quantized_operands(m)), None)
             if quantized is not None:
                 taken.update(quantized.nodes)
                 _record(quantized)
                 return
-            covered = covered or (island.name if matches and not island.only_behind else "")
+            covered = covered or (island.name if matches and type(island) not in self.target.only_behind else "")
         found = uncovered(node)
         if found.outcome == "float" and covered:
             found = found.but(pattern=covered, reason=CONVERTED_IN_FLOAT)

@@ -7,8 +7,9 @@ from torch import fx
 
 from qpass.ir.edit import Editor
 from qpass.ir.rule import require
-from qpass.islands.island import IslandMatch, Kernel, Output, Specs, codes_of, quantized_operands
+from qpass.islands.island import IslandMatch, Specs, codes_of, quantized_operands
 from qpass.spec import PerChannel, PerGroup, PerTensor
+from qpass.targets.target import Kernel, Output
 
 aten = torch.ops.aten
 

@@ -7,9 +7,10 @@ from torch import fx
 
 from qpass.ir.edit import Editor
 from qpass.ir.rule import require
-from qpass.islands.island import IslandMatch, Kernel, Output, Specs, codes_of, quantized_operands
+from qpass.islands.island import IslandMatch, Specs, codes_of, quantized_operands
 from qpass.islands.views import carried
 from qpass.spec import PerTensor
+from qpass.targets.target import Kernel, Output
 from qpass.targets.x86.linear import check_activation, check_same_shape, check_weight, requantized_output, unary_post_op
 from qpass.targets.x86.packing import geometry, is_one_dimensional, pack_conv, pack_pixels, unsigned
 

@@ -7,7 +7,6 @@ have VNNI but not AMX.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,12 +15,12 @@ from torch._inductor.inductor_prims import force_stride_order
 
 from qpass.ir.edit import Editor
 from qpass.ir.rule import require
-from qpass.islands.island import IslandMatch, Kernel, Output, Specs, codes_of, quantized_operands, uncast
+from qpass.islands.island import IslandMatch, Specs, codes_of, quantized_operands, uncast
 from qpass.islands.qdq import cast_of, only_quantize
 from qpass.spec import PerChannel, PerTensor, PerToken, QuantizationSpec
+from qpass.targets.target import Kernel, Output
 from qpass.targets.x86.packing import is_symbolic, pack_linear, packed, unsigned
 
-NAME = "x86"
 aten = torch.ops.aten
 onednn = torch.ops.onednn
 
@@ -29,19 +28,6 @@ LINEAR_FUSIONS = frozenset(
     {(), ("relu",), ("gelu",), ("silu",), ("hardswish",), ("relu6",), ("add",), ("add", "relu")}
 )
 UNARY = {"relu": "relu", "gelu": "gelu", "silu": "swish", "hardswish": "hardswish", "relu6": "hardtanh"}
-
-
-@lru_cache(maxsize=1)
-def missing() -> str:
-    """Why this machine cannot run the int8 kernels, or "" when it can."""
-    if torch.cpu._is_vnni_supported():
-        return ""
-    return "this CPU has neither AVX512-VNNI nor AMX; the q/dq graph runs in floating point instead"
-
-
-def attention_by_matmul() -> bool:
-    """Whether two bfloat16 matrix products and a softmax beat torch's fused attention, as they do without AMX."""
-    return not torch.cpu._is_amx_tile_supported()
 
 
 def check_activation(spec: QuantizationSpec | None) -> None:

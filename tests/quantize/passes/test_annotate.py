@@ -13,12 +13,13 @@ from qpass.ir.record import graph_record
 from qpass.ir.regions import regions
 from qpass.quantize.passes.annotate import EDGES, FOLD, ISLAND, Annotate
 from qpass.spec.config import Config
+from qpass.targets import X86
 from road import PER_TOKEN, STATIC, WEIGHT_ONLY, Do, records
 
 
 def annotated(model: nn.Module, *inputs: Tensor, config: Config = STATIC) -> fx.GraphModule:
     gm = capture(model.eval(), inputs)
-    run_once(Annotate(config, "x86"), gm, *inputs)
+    run_once(Annotate(config, X86), gm, *inputs)
     return gm
 
 
@@ -60,7 +61,7 @@ def test_edges_islands_and_records() -> None:
 def test_nothing_but_meta_changes_and_the_count_is_the_islands() -> None:
     gm, x = capture(conv_net().eval(), (torch.randn(2, 3, 8, 8),)), torch.randn(2, 3, 8, 8)
     nodes, before = list(gm.graph.nodes), gm(x)
-    assert run_once(Annotate(STATIC, "x86"), gm, x) == 2
+    assert run_once(Annotate(STATIC, X86), gm, x) == 2
     assert list(gm.graph.nodes) == nodes
     assert torch.equal(gm(x), before)
 
@@ -110,7 +111,7 @@ def test_an_operation_under_autocast_is_left_to_it() -> None:
     gm = capture(Do(forward, a=nn.Linear(4, 4)).eval(), (torch.randn(3, 4),))
     reasons = []
     for region in regions(gm):
-        Annotate(STATIC, "x86").run(region)
+        Annotate(STATIC, X86).run(region)
         reasons += [record.reason for record in records(region).values() if record.op == "linear"]
     assert reasons == ["it computes in bfloat16; float32 is quantized: model.float() makes it so"]
 
@@ -127,7 +128,7 @@ def test_weight_only_rounds_no_activation() -> None:
 
 
 def test_overrides_are_held_against_every_operation() -> None:
-    step = Annotate(STATIC.keep_float(op="tanh"), "x86")
+    step = Annotate(STATIC.keep_float(op="tanh"), X86)
     gm = capture(Do(lambda m, x: torch.tanh(m.fc(x)), fc=nn.Linear(4, 4)), (torch.randn(2, 4),))
     step.run(gm)
     assert step.seen.overrides == {0}
@@ -162,7 +163,7 @@ def test_annotation_is_linear_in_linear_add_relu_blocks(monkeypatch: pytest.Monk
     def count(blocks: int) -> int:
         gm = capture(Blocks(blocks).eval(), (torch.randn(2, 4),))
         attempts.clear()
-        assert Annotate(STATIC, "x86").run(gm) == blocks
+        assert Annotate(STATIC, X86).run(gm) == blocks
         return len(attempts)
 
     few, many = count(10), count(40)

@@ -15,6 +15,7 @@ from qpass.presets import int8_static
 from qpass.quantize.passes.annotate import Annotate
 from qpass.quantize.passes.assign_compute_dtype import AS_IT_COMES, COMPUTE_DTYPE, AssignComputeDtype
 from qpass.quantize.passes.cast_compute_dtype import CastComputeDtype
+from qpass.targets import X86
 from road import STATIC, Do, kernel_names, records, road
 
 BFLOAT16 = int8_static(compute_dtype=torch.bfloat16)
@@ -23,7 +24,7 @@ X = torch.linspace(-2, 2, 12).reshape(3, 4)
 
 def assigned(function: Callable[..., Any], *inputs: Tensor, **members: Any) -> fx.GraphModule:
     gm = capture(Do(function, **members).eval(), inputs)
-    Annotate(STATIC, "x86").run(gm)
+    Annotate(STATIC, X86).run(gm)
     assert run_once(AssignComputeDtype(torch.bfloat16), gm, *inputs) > 0
     return gm
 

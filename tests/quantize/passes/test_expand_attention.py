@@ -14,6 +14,7 @@ from qpass.ir.record import record_of
 from qpass.quantize.passes.annotate import Annotate
 from qpass.quantize.passes.assign_compute_dtype import AssignComputeDtype
 from qpass.quantize.passes.expand_attention import EXPAND, LONGEST, ExpandAttention
+from qpass.targets import X86
 from road import STATIC, Do
 
 aten = torch.ops.aten
@@ -23,7 +24,7 @@ def marked(length: int = 6, inputs: int = 3, **options: Any) -> tuple[fx.GraphMo
     """Attention as ``assign_compute_dtype`` leaves it."""
     given = tuple(torch.randn(2, 2, length, 4) for _ in range(inputs))
     gm = capture(Do(lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, **options)).eval(), given)
-    Annotate(STATIC, "x86").run(gm)
+    Annotate(STATIC, X86).run(gm)
     AssignComputeDtype(torch.bfloat16, expand_attention=True).run(gm)
     return gm, given
 

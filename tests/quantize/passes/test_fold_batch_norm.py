@@ -16,6 +16,7 @@ from qpass.ir.constants import Constants
 from qpass.quantize.passes.annotate import Annotate
 from qpass.quantize.passes.fold_batch_norm import FoldBatchNorm
 from qpass.quantize.passes.insert_observers import InsertObservers
+from qpass.targets import X86
 from road import STATIC, Do, kernel_names, road
 
 
@@ -30,7 +31,7 @@ def settled(channels: int = 4, affine: bool = True) -> nn.BatchNorm2d:
 
 def prepared(model: nn.Module, x: Tensor) -> fx.GraphModule:
     gm = capture(model.eval(), (x,))
-    Annotate(STATIC, "x86").run(gm)
+    Annotate(STATIC, X86).run(gm)
     InsertObservers().run(gm)
     return gm
 

@@ -15,6 +15,7 @@ from qpass.quantize.passes.insert_observers import InsertObservers
 from qpass.quantize.passes.remove_modes import RemoveModes
 from qpass.quantize.passes.set_dropout_aside import SetDropoutAside
 from qpass.spec.config import Config
+from qpass.targets import X86
 from road import STATIC, Do
 
 QAT = int8_qat(compute_dtype=None)
@@ -23,7 +24,7 @@ QAT = int8_qat(compute_dtype=None)
 def with_observers(model: nn.Module, x: Tensor, config: Config = QAT) -> fx.GraphModule:
     gm = capture_training(model, (x,))
     run_once(SetDropoutAside(), gm, x)
-    Annotate(config, "x86").run(gm)
+    Annotate(config, X86).run(gm)
     InsertObservers().run(gm)
     gm.recompile()
     return gm

@@ -13,12 +13,13 @@ from qpass.quantize.passes.annotate import Annotate
 from qpass.quantize.passes.insert_observers import InsertObservers, observers
 from qpass.spec import PerTensor, QuantizationSpec
 from qpass.spec.config import Config
+from qpass.targets import X86
 from road import PER_TENSOR, STATIC, Do
 
 
 def observed(model: nn.Module, *inputs: Tensor, config: Config = STATIC) -> fx.GraphModule:
     gm = capture(model.eval(), inputs)
-    Annotate(config, "x86").run(gm)
+    Annotate(config, X86).run(gm)
     assert run_once(InsertObservers(), gm, *inputs) == len(list(observers(gm)))
     return gm
 
@@ -30,7 +31,7 @@ def conv(inputs: int = 4) -> nn.Module:
 def test_an_observer_stands_on_every_edge() -> None:
     model, x = nn.Linear(4, 4), torch.randn(3, 4)
     gm = capture(model, (x,))
-    Annotate(STATIC, "x86").run(gm)
+    Annotate(STATIC, X86).run(gm)
     assert (
         operators(gm)
         == """\

@@ -18,6 +18,7 @@ from qpass.ops import graph_ops as ops
 from qpass.quantize.passes.carry_codes import CarryCodes
 from qpass.quantize.passes.lower_islands import LowerIslands
 from qpass.spec.config import Config
+from qpass.targets import X86
 from road import PER_TOKEN, STATIC, Do, kernel_names, records, road
 
 
@@ -46,7 +47,7 @@ def test_an_island_and_the_rounding_behind_it_become_one_kernel() -> None:
         "linear_1 = linear(dequantize_per_tensor_1, dequantize_per_channel_1, 2.bias)",
         "return [linear_1]",
     ]
-    assert run_once(LowerIslands("x86"), gm, x) == 2
+    assert run_once(LowerIslands(X86), gm, x) == 2
     first = "quantize_per_tensor, s, z, packed(0.weight), 0.bias, s, z, uint8, relu, [], "
     second = "qlinear_pointwise, s, z, packed(2.weight), 2.bias, 1, 0, float32, none, [], none"
     assert operators(gm).splitlines() == [
@@ -61,7 +62,7 @@ def test_an_island_and_the_rounding_behind_it_become_one_kernel() -> None:
 
 def test_a_packed_weight_knows_what_it_was_packed_from() -> None:
     gm = quantized(nn.Linear(16, 8), x := torch.randn(4, 16))
-    LowerIslands("x86").run(gm)
+    LowerIslands(X86).run(gm)
     derived = derived_constants(gm)["weight_codes_packed"]
     assert derived.sources == ("weight_codes",)
     codes = torch.randint(-127, 128, (8, 16), dtype=torch.int8)
@@ -77,7 +78,7 @@ def test_without_kernels_everything_stays_and_says_so() -> None:
     x = torch.randn(4, 16)
     gm = quantized(two_linears(), x)
     before = operators(gm)
-    assert run_once(LowerIslands("x86", missing="this machine has none of them"), gm, x) == 0
+    assert run_once(LowerIslands(X86, missing="this machine has none of them"), gm, x) == 0
     assert operators(gm) == before
     found = records(gm)
     assert [(found[op].outcome, found[op].reason) for op in ("linear", "linear 1")] == [
@@ -90,14 +91,12 @@ def test_an_island_that_prepare_would_not_have_made_says_why_it_stays() -> None:
     gm = quantized(nn.Linear(16, 8), torch.randn(4, 16))
     (dq,) = gm.graph.find_nodes(op="call_function", target=ops.dequantize_per_channel.default)
     dq.update_arg(3, 1)
-    assert LowerIslands("x86").run(gm) == 0
+    assert LowerIslands(X86).run(gm) == 0
     assert records(gm)["linear"].reason.startswith("the kernel takes one weight scale per output channel (axis 0)")
 
 
 def test_strict_turns_what_has_no_kernel_into_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qpass.targets.x86 import linear as x86
-
-    monkeypatch.setattr(x86, "missing", lambda: "this machine has none of them")
+    monkeypatch.setitem(vars(X86), "missing", lambda: "this machine has none of them")
     gm = quantized(nn.Linear(16, 8), x := torch.randn(4, 16))
     assert torch.equal(qpass.lower(gm)(x), gm(x))  # correct, and in float
     with pytest.raises(StrictError) as refused:
@@ -130,7 +129,7 @@ def test_rounding_twice_between_islands_is_rounding_once() -> None:
     x = torch.randn(4, 16)
     gm = quantized(model, x, config=STATIC)
     CarryCodes().run(gm)
-    assert run_once(LowerIslands("x86"), gm, x) == 2
+    assert run_once(LowerIslands(X86), gm, x) == 2
     assert kernel_names(gm)[0] == "onednn.qlinear with relu, quantize"
 
 

@@ -17,12 +17,13 @@ from qpass.quantize.passes.insert_observers import InsertObservers
 from qpass.quantize.passes.lower_observers import LowerObservers, quantized_parts
 from qpass.spec import PerChannel, PerGroup, PerTensor, QuantizationSpec
 from qpass.spec.config import Config
+from qpass.targets import X86
 from road import PER_TENSOR, PER_TOKEN, STATIC, Do
 
 
 def prepared(model: nn.Module, *inputs: Tensor, config: Config = STATIC) -> fx.GraphModule:
     gm = capture(model.eval(), inputs)
-    Annotate(config, "x86").run(gm)
+    Annotate(config, X86).run(gm)
     InsertObservers().run(gm)
     gm.recompile()
     with torch.no_grad():

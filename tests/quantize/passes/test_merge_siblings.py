@@ -15,6 +15,7 @@ from qpass.ir.record import record_of
 from qpass.presets import int8_static
 from qpass.quantize.passes.merge_siblings import MergeSiblings
 from qpass.spec.config import Config
+from qpass.targets import X86
 from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, kernel_names, road
 
 SIBLINGS = {"a": nn.Linear(16, 8), "b": nn.Linear(16, 4), "c": nn.Linear(16, 8)}
@@ -40,7 +41,7 @@ def test_sibling_linears_become_one() -> None:
         "linear_2 = linear(dequantize_per_tensor, dequantize_per_channel_2, c.bias)",
         "return [linear, linear_1, linear_2]",
     ]
-    assert run_once(MergeSiblings("x86"), gm, x) == 1
+    assert run_once(MergeSiblings(X86), gm, x) == 1
     assert operators(gm).splitlines() == [
         "inputs_0 = input",
         "quantize_per_tensor = quantize_per_tensor(inputs_0, s, z, 0, 255, uint8)",
@@ -101,7 +102,7 @@ def test_near_misses(name: str) -> None:
     x = torch.randn(4, 16)
     gm = quantized(function, x, config=config, **members)
     before = operators(gm)
-    assert run_once(MergeSiblings("x86"), gm, x) == 0
+    assert run_once(MergeSiblings(X86), gm, x) == 0
     assert operators(gm) == before
 
 
