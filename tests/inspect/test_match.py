@@ -26,6 +26,7 @@ from qpass.ir.edit import copy_graph_module
 from qpass.quantize.passes.annotate import Annotate
 from qpass.quantize.passes.fold_batch_norm import FoldBatchNorm
 from qpass.quantize.passes.fold_constants import FoldConstants
+from qpass.targets import X86
 
 STATIC = (
     replace(  # extremes: choosing a range from a histogram takes most of the time of convert, and plays no part here
@@ -243,7 +244,7 @@ def test_lower(name: str) -> None:
 def test_batch_norms_folded(name: str, history: bool) -> None:
     gm = capture(stages(name).program)
     folded = copy_graph_module(gm)
-    Annotate(qpass.presets.int8_static(compute_dtype=None), "x86").run(folded)
+    Annotate(qpass.presets.int8_static(compute_dtype=None), X86).run(folded)
     count = FoldBatchNorm().run(folded)
     assert count > 0
     FoldConstants().run(folded)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import qpass
 from qpass.quantize.passes.recognise_islands import CONVERTED_IN_FLOAT
-from qpass.targets.x86 import linear as x86
+from qpass.targets import X86
 
-pytestmark = pytest.mark.skipif(bool(x86.missing()), reason=f"no int8 kernels here: {x86.missing()}")
+pytestmark = pytest.mark.skipif(bool(X86.missing()), reason=f"no int8 kernels here: {X86.missing()}")
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
 
 
