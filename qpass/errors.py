@@ -66,6 +66,10 @@ class AgreementError(QpassError, RuntimeError):
     """Ranks that must make the same call made different ones, or one of them made none."""
 
 
+class VersionError(QpassError, ImportError):
+    """The installed torch lacks something of its own that qpass uses."""
+
+
 class StrictError(QpassError):
     """Something that was asked for was not done, and the caller asked for strictness."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
+from qpass import torch_private
 from qpass.capture.export import TRACING, capture
 from qpass.errors import InputError
 from qpass.inspect.matching.match import match
@@ -125,7 +126,7 @@ def _nested(gm: fx.GraphModule, leaves: list[Any]) -> tuple[tuple[Any, ...], dic
     info = getattr(gm.graph._codegen, "pytree_info", None)
     if info is None or info.in_spec is None:
         return tuple(leaves), {}
-    args, kwargs = torch.utils._pytree.tree_unflatten(leaves, info.in_spec)
+    args, kwargs = torch_private.tree_unflatten(leaves, info.in_spec)
     return tuple(args), dict(kwargs)
 
 

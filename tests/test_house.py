@@ -27,6 +27,7 @@ FLOORS = [re.findall(r"`([^`]+)`", row) for row in re.findall(r"^\| \d+ \| ([^|]
 ORDER = [room for floor in FLOORS for room in floor]
 DOORS = {
     "__init__", "__main__", "api", "compress", "errors", "fake_quantize", "io", "observer", "ops", "passes", "presets",
+    "torch_private",
 }  # fmt: skip
 
 OPTIONAL = ("matplotlib", "nncf", "onnx", "onnxruntime", "openvino", "rich", "sklearn", "torchao", "transformers")
@@ -116,6 +117,48 @@ def test_imports_point_down_only() -> None:
 )
 def test_an_import_from_above_is_seen(module: str, source: str, expected: list[str]) -> None:
     assert imports_from_above(source, module) == expected
+
+
+# torch's private names
+
+DOCUMENTED = {"torch._check", "torch._check_value", "torch._check_with"}
+
+
+def private_names(source: str) -> list[str]:
+    """``line: name`` of every private name of torch that `source` imports or reads. Operators are not meant."""
+    found = []
+    tree = ast.parse(source)
+    inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute) and node not in inner:
+            names = [ast.unparse(node)]
+        found += [
+            f"{node.lineno}: {name}" for name in names
+            if re.match(r"torch\.(\w+\.)*_[a-zA-Z]", name) and not name.startswith("torch.ops.")
+            and ".".join(name.split(".")[:2]) not in DOCUMENTED
+        ]  # fmt: skip
+    return found
+
+
+def test_torchs_private_names_stand_in_one_file() -> None:
+    files = {name: file for name, file in MODULES.items() if name != "qpass.torch_private"}
+    assert {name: found for name, file in files.items() if (found := private_names(file.read_text()))} == {}
+
+
+def test_a_private_name_of_torch_is_seen() -> None:
+    source = "import torch\nfrom torch._ops import OpOverload\nx = torch._C._len_torch_dispatch_stack()\n"
+    assert private_names(source) == ["2: torch._ops.OpOverload", "3: torch._C._len_torch_dispatch_stack"]
+
+
+def test_every_private_name_is_there() -> None:
+    from qpass import torch_private
+
+    assert [name for name in torch_private.HOMES if getattr(torch_private, name, None) is None] == []
 
 
 # Names, sizes, words

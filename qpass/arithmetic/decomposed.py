@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qpass import torch_private
 from qpass.arithmetic import choose, kernels
 
 NAMESPACE = "quantized_decomposed"
@@ -117,10 +118,10 @@ def register() -> None:
         _define(_missing())
 
 
-def overload(name: str, namespace: Any = torch.ops.quantized_decomposed) -> torch._ops.OpOverload:
+def overload(name: str, namespace: Any = torch.ops.quantized_decomposed) -> torch_private.OpOverload:
     """The operator of that name: ``"quantize_per_tensor.tensor"``, or without the dot for ``.default``."""
     packet, _, suffix = name.partition(".")
-    found: torch._ops.OpOverload = getattr(getattr(namespace, packet), suffix or "default")
+    found: torch_private.OpOverload = getattr(getattr(namespace, packet), suffix or "default")
     return found
 
 
@@ -130,7 +131,7 @@ def _missing() -> list[str]:
 
 def _is_defined(name: str) -> bool:
     packet, _, suffix = name.partition(".")
-    return torch._C._dispatch_has_kernel(f"{NAMESPACE}::{packet}" + (f".{suffix}" if suffix else ""))
+    return torch_private.dispatch_has_kernel(f"{NAMESPACE}::{packet}" + (f".{suffix}" if suffix else ""))
 
 
 def _define(names: list[str]) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch._ops import OpOverload
-
 from qpass.arithmetic import choose
 from qpass.arithmetic.corrected import quantized_decomposed
 from qpass.arithmetic.decomposed import OPERATORS, overload
+from qpass.torch_private import OpOverload
 
 AS_TORCH = {"choose_qparams_per_token": choose.choose_qparams_per_token_floored}
 """Where the corrected operator differs from torch's although torch's is sound in eager mode: a q/dq graph run eagerly

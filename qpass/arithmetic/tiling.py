@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass import torch_private
+
 BLOCK = 1 << 18
 """Elements that are worked on at once: 1 MiB of float32, so that temporaries stay in cache."""
 
@@ -40,9 +42,9 @@ def can_fill(x: Tensor, operands: Sequence[Any]) -> bool:
 
     Elsewhere a kernel is written as one expression over whole tensors, which compilers and transforms can see through.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch_private.len_torch_dispatch_stack():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch_private.peek_interpreter_stack() is not None:
         return False
     tensors = [x, *(operand for operand in operands if isinstance(operand, Tensor))]
     if not all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors):

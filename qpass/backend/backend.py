@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from qpass import torch_private
 from qpass.arithmetic.decompositions import table
 from qpass.backend.compiled import is_first, modules_of, program_compiled_now, remember
 from qpass.backend.inductor import compile_lowered, compile_plain
@@ -33,10 +33,11 @@ from qpass.spec import QuantizationSpec, presets
 from qpass.spec.config import Config
 from qpass.spec.fake_quantize import FakeQuantizeBase
 from qpass.targets import AUTO, Target, for_graph
+from qpass.torch_private import is_traceable_wrapper_subclass
 
 log = logging.getLogger(__name__)
 
-_SET_GRAD = torch._C._set_grad_enabled
+_SET_GRAD = torch_private.set_grad_enabled
 
 EXACT = {"emulate_precision_casts": True}
 """Inductor rounds to bfloat16 where the graph says so, also between operations that it fuses into one loop."""
@@ -69,7 +70,7 @@ class Backend:
                 hint='give them to qpass.backend(...), or use backend="qpass"',
             )
         if mode is not None:
-            modes = torch._inductor.list_mode_options()
+            modes = torch_private.list_mode_options()
             if mode not in modes:
                 raise ConfigError(f"unknown mode {mode!r}{near(mode, modes)}", hint=f"use {', '.join(modes)}")
             inductor = modes[mode] | dict(self.inductor)
@@ -142,7 +143,7 @@ class Backend:
             warnings.warn(f"qpass left a compiled graph in float: {why}", QpassWarning, stacklevel=3)
 
     def _communication(self, gm: fx.GraphModule, comm: Policy, training: bool) -> Communication:
-        backward = torch._dynamo.compiled_autograd.in_compiled_autograd_region
+        backward = torch_private.in_compiled_autograd_region
         return Communication(gm, comm, self.strict, backward, training)
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
@@ -184,7 +185,7 @@ def backend(
         if chosen == Config():
             chosen = None
     options = dict(inductor or {})
-    known = torch._inductor.config.get_config_copy()
+    known = torch_private.inductor_config.get_config_copy()
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown Inductor option {name!r}{near(name, known)}", hint="see torch._inductor.config")
@@ -204,7 +205,7 @@ def qpass_backend(
     for name in given:
         if name not in known:
             hint = f"use {', '.join(known)}"
-            if name in torch._inductor.config.get_config_copy():
+            if name in torch_private.inductor_config.get_config_copy():
                 hint = f"it is Inductor's: options={{'inductor': {{{name!r}: ...}}}}"
             raise ConfigError(f"unknown option {name!r}{near(name, known)}", hint=hint)
     return backend(**given)(gm, example_inputs, mode=mode)

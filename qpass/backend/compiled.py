@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.utils import get_traced_code
 
 from qpass.backend.live_constants import pick
 from qpass.backend.session import Communication
+from qpass.torch_private import OptimizedModule, get_traced_code
 
 Weights = tuple[weakref.ref[torch.Tensor], ...]
 

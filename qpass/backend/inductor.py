@@ -12,11 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import TracingContext
-from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qpass import torch_private
 from qpass.backend.derivation import Derivation, Key
 from qpass.backend.live_constants import LiveConstants, pick
 from qpass.backend.opaque import hide
@@ -26,6 +23,7 @@ from qpass.ir.edit import copy_graph_module, get_constant
 from qpass.ir.fake import fake_mode_of
 from qpass.ir.pipeline import is_recorded
 from qpass.ir.regions import operands_of, regions
+from qpass.torch_private import CustomGraphPass, FakeTensorMode, TracingContext, inductor_config
 
 UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
 
@@ -52,8 +50,7 @@ def compile_lowered(
     Inductor's post-grad graph, after those that the user configured. ``config_patches`` are options for Inductor, for
     this graph alone: ``torch._inductor.config`` is left as it is. ``inner`` stands in for ``compile_fx_inner``.
     """
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
+    from qpass.torch_private import compile_fx, compile_fx_inner, select_decomp_table
 
     lifted = copy_graph_module(gm)
     derivation = Derivation(lifted)
@@ -100,7 +97,7 @@ def compile_plain(
     inner: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile a graph as Dynamo gave it, for inference or training; the rest is as in `compile_lowered`."""
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from qpass.torch_private import compile_fx, compile_fx_inner
 
     patches = {**config_patches, **_after(post_grad)}
     compiled: Any = compile_fx(gm, list(example_inputs), inner or compile_fx_inner, config_patches=patches)
@@ -161,7 +158,7 @@ def _keep_sources(gm: fx.GraphModule, sources: Sequence[Any]) -> None:
     context = TracingContext.try_get()
     if context is None or all(source is None for source in sources):
         return
-    gm.meta["dynamo_compile_id"] = torch._guards.CompileContext.current_compile_id()
+    gm.meta["dynamo_compile_id"] = torch_private.CompileContext.current_compile_id()
     gm._param_name_to_source = {}  # type: ignore[assignment]
     for node, source in zip(gm.graph.find_nodes(op="placeholder"), sources, strict=True):
         node._dynamo_source = source
@@ -176,7 +173,7 @@ def _backend_mode(gm: fx.GraphModule) -> FakeTensorMode:
 def _context(mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
     if TracingContext.try_get() is not None:
         return contextlib.nullcontext()
-    return torch._guards.tracing(TracingContext(mode))
+    return torch_private.tracing(TracingContext(mode))
 
 
 def _patches(packed: Sequence[Tensor], post_grad: Sequence[CustomGraphPass]) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from qpass.backend.derivation import Derivation, Key
 from qpass.backend.weight_watch import WeightWatch
+from qpass.torch_private import FakeTensor
 
 MOST_SETS = 1024
 """Sets of living weights whose constants are kept; the one that was computed first makes room."""

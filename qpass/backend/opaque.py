@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qpass import torch_private
 from qpass.ir.edit import get_constant
 from qpass.ir.regions import regions
 
@@ -66,8 +67,7 @@ def _name(node: fx.Node, value: Tensor, key: int) -> None:
 
 @functools.cache
 def _register_packed_weight() -> None:
-    from torch._inductor.lowering import register_lowering
-    from torch._inductor.virtualized import V
+    from qpass.torch_private import V, register_lowering
 
     @register_lowering(torch.ops.qpass.packed_weight.default, type_promotion_kind=None)
     def lower_packed_weight(key: int, size: Sequence[int], dtype: torch.dtype) -> Any:
@@ -77,14 +77,13 @@ def _register_packed_weight() -> None:
 
 
 @functools.cache
-def _alias(kernel: torch._ops.OpOverload) -> torch._ops.OpOverload:
+def _alias(kernel: torch_private.OpOverload) -> torch_private.OpOverload:
     """An operator that is lowered as ``kernel`` and of which nothing but its shapes is known before.
 
     Where ``kernel`` writes to an operand and returns it, the alias is functional: the operand is copied when the
     graph reads it elsewhere.
     """
-    from torch._inductor.lowering import lowerings, register_lowering
-    from torch._inductor.virtualized import V
+    from qpass.torch_private import V, lowerings, register_lowering
 
     schema = kernel._schema
     name = "_".join(filter(None, (*schema.name.split("::"), schema.overload_name)))
@@ -92,7 +91,7 @@ def _alias(kernel: torch._ops.OpOverload) -> torch._ops.OpOverload:
     written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     names = [a.name for a in schema.arguments]
     adds_in_place = names.index("other") if "other" in names else None  # where the post-op is "sum"; no schema says so
-    alias: torch._ops.OpOverload = getattr(torch.ops.qpass, name).default
+    alias: torch_private.OpOverload = getattr(torch.ops.qpass, name).default
 
     @torch.library.register_fake(f"qpass::{name}", lib=_library)
     def fake(*args: Any) -> Any:
@@ -125,7 +124,7 @@ def _is_last_use(node: fx.Node, index: int) -> bool:
     base: Any = node.args[index]
     while _is_view(base):
         base = base.args[0]
-    is_fresh = isinstance(base.target, torch._ops.OpOverload)
+    is_fresh = isinstance(base.target, torch_private.OpOverload)
     return is_fresh and not _is_read_behind(base, node)
 
 
@@ -135,4 +134,6 @@ def _is_read_behind(value: fx.Node, node: fx.Node) -> bool:
 
 def _is_view(node: fx.Node) -> bool:
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
+    if not isinstance(target, torch_private.OpOverload):
+        return False
+    return any(r.alias_info is not None for r in target._schema.returns)

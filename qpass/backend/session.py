@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch import config as functorch_config
-from torch._guards import CompileContext, TracingContext
-from torch.utils._pytree import tree_leaves
 
 from qpass.comm.eager.agreement import agree_on_plan, debug
 from qpass.comm.eager.group import group_of, process_group
@@ -21,6 +18,7 @@ from qpass.comm.graph.decisions import GraphDecisions, take, unmatched
 from qpass.comm.policy.policy import Policy
 from qpass.comm.wire.feedback import Feedback
 from qpass.errors import QpassWarning
+from qpass.torch_private import CompileContext, TracingContext, functorch_config, tree_leaves
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ class Communication:
         return self._compared_first(call) if debug() else call
 
     def _inner(self, gm: Any, example_inputs: Any, **options: Any) -> Any:
-        from torch._inductor.compile_fx import compile_fx_inner
+        from qpass.torch_private import compile_fx_inner
 
         take()
         self.step.backward = self._backward or options.get("is_backward", False)

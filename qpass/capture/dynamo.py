@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from qpass import torch_private
 from qpass.capture.misdescribed import correct_vals
 from qpass.ir.alias import arguments, written_inputs
 from qpass.ir.edit import free_name, get_constant, set_constant
 from qpass.ir.origins import origins
 from qpass.ir.regions import regions
 from qpass.ir.source import clean_path
+from qpass.torch_private import FakeTensor, FakeTensorMode, TracingContext, enable_python_dispatcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +159,8 @@ def _is_written(placeholder: fx.Node) -> bool:
 
 def _effects(user: fx.Node, node: fx.Node) -> tuple[bool, bool]:
     """Whether ``user`` writes to its operand ``node``, and whether its result may alias it."""
-    if not isinstance(user.target, torch._ops.OpOverload):
-        return False, user.op == "call_function" and not isinstance(user.target, torch._ops.HigherOrderOperator)
+    if not isinstance(user.target, torch_private.OpOverload):
+        return False, user.op == "call_function" and not isinstance(user.target, torch_private.HigherOrderOperator)
     aliases = False
     for argument, value in arguments(user):
         held = value if isinstance(value, (list, tuple)) else (value,)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.export import ExportedProgram
 
+from qpass import torch_private
 from qpass.errors import CaptureError, InputError
 from qpass.ir.alias import all_arguments
 from qpass.ir.modes import BY_MODE
@@ -22,6 +22,7 @@ from qpass.ir.record import GRAPH_KEY, GraphRecord
 from qpass.ir.regions import regions
 from qpass.ir.source import is_user_file, where
 from qpass.ir.text import target_name
+from qpass.torch_private import OptimizedModule
 
 _QPASS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
@@ -137,7 +138,7 @@ def refuse_graph(gm: fx.GraphModule) -> None:
     """Raise CaptureError when the captured graph is in training mode or has nothing to quantize in principle."""
     for region in regions(gm):
         for node in region.graph.nodes:
-            if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and _trains(node):
+            if node.op == "call_function" and isinstance(node.target, torch_private.OpOverload) and _trains(node):
                 raise CaptureError(
                     f"the model is in training mode: {target_name(node)} behaves as in training",
                     where=where(node),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, export
 
+from qpass import torch_private
 from qpass.capture.errors import explain, refuse_autocast, refuse_graph, refuse_model
 from qpass.capture.inputs import example_of, fresh_tensors, is_unpacked, resize_batch, tensors_of
 from qpass.capture.same import same_operators
@@ -281,7 +282,7 @@ def _is_aten(gm: fx.GraphModule) -> bool:
             return False
         if node.op == "call_method" or (node.op == "call_module" and node.target != _GUARDS):
             return False
-        if node.op == "call_function" and not isinstance(node.target, torch._ops.OperatorBase):
+        if node.op == "call_function" and not isinstance(node.target, torch_private.OperatorBase):
             module, name = getattr(node.target, "__module__", ""), getattr(node.target, "__name__", "")
             if module not in ("_operator", "math") and not (module == "torch" and name.startswith("sym_")):
                 return False

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map_only
 
 from qpass.errors import InputError
+from qpass.torch_private import keystr, tree_flatten, tree_flatten_with_path, tree_map_only
 
 
 def example_of(example_inputs: Any, kwargs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass import torch_private
 from qpass.ir.edit import get_constant
 from qpass.ir.normalize import is_whole_slice
 
@@ -57,7 +58,7 @@ def _is_whole(node: fx.Node) -> bool:
 
 
 def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, torch_private.OpOverload) and node.target._schema.is_mutable
 
 
 def _steps(graph: fx.Graph, left_out: _LeftOut) -> list[fx.Node]:

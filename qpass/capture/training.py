@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from qpass.capture.errors import refuse_model
 from qpass.capture.export import TRACING, capture, export_model
@@ -28,6 +27,7 @@ from qpass.ir.modes import BY_MODE, DROPOUT, FLAGGED, ByMode, Mode
 from qpass.ir.regions import regions
 from qpass.ir.source import module_path, where
 from qpass.ir.text import target_name
+from qpass.torch_private import BatchNorm as _BatchNorm
 
 aten = torch.ops.aten
 

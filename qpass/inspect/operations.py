@@ -7,17 +7,17 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 import qpass.comm.graph.passes
 import qpass.quantize.passes
+from qpass import torch_private
 from qpass.arithmetic.numerics import dtype_name
 from qpass.ir.constants import Constants
 from qpass.ir.record import NodeRecord, Stage, record_of
 from qpass.ir.source import module_path, source_line
 from qpass.ir.text import target_name
+from qpass.torch_private import tree_leaves
 
 _FOLDERS = (*qpass.quantize.passes.__path__, *qpass.comm.graph.passes.__path__)
 PASSES = {module.name for module in pkgutil.iter_modules(_FOLDERS)}  # a pass's file is named by the pass
@@ -89,7 +89,7 @@ def _computes_floats(node: fx.Node) -> bool:
     """
     if node.op != "call_function" or node.target is operator.getitem or _is_control_flow(node):
         return False
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "quantized_decomposed":
+    if isinstance(node.target, torch_private.OpOverload) and node.target.namespace == "quantized_decomposed":
         return False
     return any(tensor.is_floating_point() for tensor in _tensors(node))
 
@@ -100,7 +100,7 @@ def _tensors(node: fx.Node) -> list[Tensor]:
 
 def _is_control_flow(node: fx.Node) -> bool:
     target = node.target
-    return isinstance(target, torch._ops.HigherOrderOperator) and not target.name().startswith("flex_attention")
+    return isinstance(target, torch_private.HigherOrderOperator) and not target.name().startswith("flex_attention")
 
 
 def _is_inserted(node: fx.Node) -> bool:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
-from torch._logging._internal import trace_log, trace_structured
 
 from qpass.errors import InputError, near
 from qpass.inspect.diff import GraphDiff, diff
@@ -25,6 +24,7 @@ from qpass.inspect.render.record_text import html, text
 from qpass.inspect.snapshot import snapshot
 from qpass.ir.pipeline import WATCHERS, PassRun
 from qpass.ir.record import Stage
+from qpass.torch_private import trace_log, trace_structured
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, fx
 
+from qpass import torch_private
 from qpass.backend.compiled import Compiled, compilations, program_of
 from qpass.backend.session import Communication, conclusions
 from qpass.capture.export import CAPTURE_KEY, FirstBatch
@@ -205,7 +206,7 @@ def _way_to_a_graph(program: Any) -> str:
     record = program.meta.get(GRAPH_KEY) if isinstance(program, fx.GraphModule) else None
     if isinstance(record, GraphRecord) and record.stage == "prepared":
         return "it is prepared and not converted: call qpass.convert on it, compile the result and run that once"
-    if any(isinstance(module, torch.nn.RNNBase) for module in modules) and not torch._dynamo.config.allow_rnn:
+    if any(isinstance(module, torch.nn.RNNBase) for module in modules) and not torch_private.dynamo_config.allow_rnn:
         return (
             "torch.compile skips what holds an nn.LSTM, nn.GRU or nn.RNN, and runs it as it is: set "
             "torch._dynamo.config.allow_rnn = True before it runs, or prepare and convert the model and compile that"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from qpass import torch_private
 from qpass.backend.compiled import compiled_graphs, program_of
 from qpass.capture.export import FirstBatch
 from qpass.errors import InputError
@@ -99,7 +100,7 @@ class _Reader:
             else:
                 view.operator = str(node.target) if node.op == "call_function" else node.op
                 view.short = target_name(node) if node.op == "call_function" else node.op
-                if isinstance(node.target, torch._ops.OpOverload):
+                if isinstance(node.target, torch_private.OpOverload):
                     view.is_transparent = node.target.namespace in _QDQ or node.target._opname in _AFFINE
                 elif node.op == "call_function":
                     view.operator = f"{getattr(node.target, '__module__', '')}.{view.short}".lstrip("._")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from qpass.errors import InputError, QpassError
+from qpass.torch_private import tree_leaves
 
 if TYPE_CHECKING:
     from qpass.inspect.sqnr_nodes import SqnrByNode

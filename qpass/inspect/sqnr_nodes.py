@@ -187,7 +187,7 @@ def _steps(gm: fx.GraphModule, batch: Any) -> Iterator[tuple[str, Any]]:
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (_args(batch), {})
     info = getattr(gm.graph._codegen, "pytree_info", None)
     if info is not None and info.in_spec is not None:
-        from torch.fx._pytree import tree_flatten_spec
+        from qpass.torch_private import tree_flatten_spec
 
         flat = list(tree_flatten_spec((args, kwargs), info.in_spec) if info.in_spec.num_children == 2 else args)
     else:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass import torch_private
+
 # Control flow, which torch refuses to trace when a result aliases an operand.
 _FRESH = frozenset({"cond", "while_loop", "scan", "associative_scan", "map_impl"})
 
@@ -37,9 +39,9 @@ def aliased_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs whose memory a node's result may share; the result of a function without a schema may share any."""
     if node.op in ("placeholder", "get_attr"):
         return []
-    if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _FRESH:
+    if isinstance(node.target, torch_private.HigherOrderOperator) and node.target.name() in _FRESH:
         return []
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, torch_private.OpOverload):
         return list(node.all_input_nodes)  # getitem, the other higher-order operators, sub-modules
     schema = node.target._schema
     if schema.name in _RETURN_INPUT:
@@ -69,7 +71,7 @@ def all_arguments(node: fx.Node) -> list[tuple[torch.Argument, Any]]:
 
 def written_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs that an operator call writes to."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, torch_private.OpOverload):
         return []
     found: list[fx.Node] = []
     if node.target in _STATISTICS:

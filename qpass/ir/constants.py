@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass import torch_private
 from qpass.ir.alias import written
 from qpass.ir.edit import get_constant
 
@@ -55,7 +56,7 @@ class Constants:
 
 def is_pure(node: fx.Node) -> bool:
     """Whether the operation neither writes to its inputs nor draws random numbers."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, torch_private.OpOverload):
         return node.op == "call_function" and getattr(node.target, "__module__", "") in ("_operator", "operator")
     return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from qpass import torch_private
+
 
 @dataclass(frozen=True, eq=False)
 class Var:
@@ -21,7 +23,7 @@ class Var:
 class Expr:
     """An operator applied to captures, literals and other expressions."""
 
-    op: torch._ops.OpOverload
+    op: torch_private.OpOverload
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 

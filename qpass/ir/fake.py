@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from qpass import torch_private
+from qpass.torch_private import FakeTensor, FakeTensorMode, enable_python_dispatcher, tree_flatten, tree_unflatten
 
 
 def fake_call(*args: Any, call: Callable[..., Any], **kwargs: Any) -> Any:
@@ -50,7 +50,7 @@ def fake_result(
 
 def _is_function_of_forms(call: Callable[..., Any]) -> bool:
     """Whether sizes and dtypes of a result follow from those of the arguments, and it is no argument itself."""
-    if not isinstance(call, torch._ops.OpOverload):
+    if not isinstance(call, torch_private.OpOverload):
         return False
     of_values = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
     return not call._schema.is_mutable and not any(tag in call.tags for tag in of_values)

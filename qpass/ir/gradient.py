@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
+from qpass import torch_private
 from qpass.ir.edit import get_constant
 
 DETACH = torch.ops.aten.detach.default
@@ -32,7 +33,7 @@ def stopped(graph: fx.Graph) -> list[fx.Node]:
     """The calls of ``detach`` that stop a gradient; one in front of a region belongs to the region."""
     return [
         node for node in graph.find_nodes(op="call_function", target=DETACH)
-        if not any(isinstance(user.target, torch._ops.HigherOrderOperator) for user in node.users)
+        if not any(isinstance(user.target, torch_private.HigherOrderOperator) for user in node.users)
     ]  # fmt: skip
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
-import torch
 from torch import fx
 
+from qpass import torch_private
 from qpass.ir.expression import Expr, Var, build
 
 
@@ -34,7 +34,7 @@ class Matcher:
         self.alternatives = build(pattern)
 
     @property
-    def roots(self) -> set[torch._ops.OpOverload]:
+    def roots(self) -> set[torch_private.OpOverload]:
         """The operators that a match can be rooted at."""
         return {expr.op for expr in self.alternatives}
 
@@ -74,19 +74,19 @@ def _match_value(wanted: Any, actual: Any, captures: dict[str, Any], nodes: list
 
 
 @cache
-def argument_names(op: torch._ops.OpOverload) -> tuple[str, ...]:
+def argument_names(op: torch_private.OpOverload) -> tuple[str, ...]:
     """The names of an operator's arguments, in order."""
     return tuple(argument.name for argument in op._schema.arguments)
 
 
 @cache
-def _defaults(op: torch._ops.OpOverload) -> dict[str, Any]:
+def _defaults(op: torch_private.OpOverload) -> dict[str, Any]:
     return {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
 
 
 def normalized(node: fx.Node) -> dict[str, Any]:
     """Every argument of an operator node by name, in the schema's order, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, torch_private.OpOverload)
     names, defaults = argument_names(node.target), _defaults(node.target)
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return {name: given[name] if name in given else defaults[name] for name in names}
@@ -95,7 +95,7 @@ def normalized(node: fx.Node) -> dict[str, Any]:
 def set_arguments(node: fx.Node, **changes: Any) -> None:
     """Give some arguments of an operator node other values, by name. All are written out then, as `normalized` reads
     them: those that may be positional are."""
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, torch_private.OpOverload)
     given = normalized(node) | changes
     by_name = {entry.name for entry in node.target._schema.arguments if entry.kwarg_only}
     node.args = tuple(value for name, value in given.items() if name not in by_name)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from qpass.arithmetic.numerics import dtype_name
 from qpass.errors import InputError
 from qpass.ir.guard import HOLDS, static_size, symbol_of
+from qpass.torch_private import keystr, tree_flatten_with_path
 
 
 def misfit(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> InputError | None:

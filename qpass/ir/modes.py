@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qpass import torch_private
+
 aten = torch.ops.aten
 
 DROPOUT: dict[Any, str] = {
@@ -132,11 +134,10 @@ class Flagged(ByMode):
         operator: ``aten.gru.input``, say; a recurrent layer drops between its layers in training.
     """
 
-    def __init__(self, operator: torch._ops.OpOverload) -> None:
+    def __init__(self, operator: torch_private.OpOverload) -> None:
         super().__init__()
         self.operator = operator
-        names = [argument.name for argument in operator._schema.arguments]
-        self.place = names.index(FLAGGED[operator])
+        self.place = [argument.name for argument in operator._schema.arguments].index(FLAGGED[operator])
 
     def with_flag(self, arguments: tuple[Any, ...], training: bool) -> tuple[Any, ...]:
         """All arguments of the operator."""
@@ -296,4 +297,4 @@ class FoldedBias(Following):
 
 def in_backward() -> bool:
     """Whether autograd is running a backward pass, in which a forward pass is one that is computed again."""
-    return torch._C._current_graph_task_id() != -1
+    return torch_private.current_graph_task_id() != -1

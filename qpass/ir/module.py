@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qpass import torch_private
 from qpass.errors import InputError, QpassError
 from qpass.ir.exporting import asked_for_tensors, warn_of_export
 from qpass.ir.misfit import misfit
@@ -76,7 +77,7 @@ class GraphModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
         """A copy with tensors of its own, packed weights among them, which copy.deepcopy cannot look into."""
         for tensor in [*self.parameters(), *self.buffers()]:
-            if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+            if tensor.layout == torch_private.mkldnn_layout:
                 memo.setdefault(id(tensor), tensor.detach().clone())
         result = super().__deepcopy__(memo)
         assert isinstance(result, GraphModule)
@@ -102,7 +103,7 @@ class GraphModule(fx.GraphModule):
         return code
 
 
-torch._dynamo.eval_frame.skip_code(GraphModule.__call__.__code__)  # Dynamo's frame is that of forward
+torch_private.skip_code(GraphModule.__call__.__code__)  # Dynamo's frame is that of forward
 
 
 class Draft(GraphModule):

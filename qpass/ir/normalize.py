@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass import torch_private
 from qpass.ir.alias import Memory, aliased_inputs, all_arguments, arguments, storages, written_inputs
 from qpass.ir.edit import get_constant, rebuild
 from qpass.ir.fake import fake_call
@@ -83,12 +84,12 @@ def eliminate_dead(gm: fx.GraphModule) -> int:
 
 def draws_random_numbers(node: fx.Node) -> bool:
     """Whether an operator advances the random generator: dropout does when it is on, attention when it has dropout."""
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+    tags = node.target.tags if isinstance(node.target, torch_private.OpOverload) else ()
+    if torch.Tag.nondeterministic_seeded not in tags:
         return False
     for entry, value in all_arguments(node):
-        if entry.name in ("p", "dropout", "dropout_p") and value == 0:
-            return False
-        if entry.name in ("train", "training") and value is False:
+        never = entry.name in ("p", "dropout", "dropout_p") and value == 0
+        if never or (entry.name in ("train", "training") and value is False):
             return False
     return True
 
@@ -164,14 +165,14 @@ def _functionalize(graph: fx.Graph) -> int:
     return count
 
 
-def _may_replace(node: fx.Node, twin: torch._ops.OpOverload, block: _Block, position: int) -> bool:
+def _may_replace(node: fx.Node, twin: torch_private.OpOverload, block: _Block, position: int) -> bool:
     value: fx.Node = node.args[0]  # type: ignore[assignment]
     if twin is aten.detach.default:  # detach_ writes no values
         return True
     return block.writable and not block.read_after(position, apart_from=value) and _keeps_dtype(node, twin)
 
 
-def _keeps_dtype(node: fx.Node, twin: torch._ops.OpOverload) -> bool:
+def _keeps_dtype(node: fx.Node, twin: torch_private.OpOverload) -> bool:
     """Whether the twin's result has the dtype of the value written to; type promotion may widen it."""
     vals = [source.meta.get("val") for source in node.all_input_nodes]
     if len({val.dtype for val in vals if isinstance(val, torch.Tensor)}) == 1:
@@ -180,14 +181,14 @@ def _keeps_dtype(node: fx.Node, twin: torch._ops.OpOverload) -> bool:
     return isinstance(result, torch.Tensor) and result.dtype == node.args[0].meta["val"].dtype  # type: ignore[union-attr]
 
 
-def _functional_twin(node: fx.Node) -> torch._ops.OpOverload | None:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+def _functional_twin(node: fx.Node) -> torch_private.OpOverload | None:
+    if node.op != "call_function" or not isinstance(node.target, torch_private.OpOverload):
         return None
     return _twin(node.target) if written_inputs(node) == [node.args[0]] else None
 
 
 @functools.cache
-def _twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+def _twin(target: torch_private.OpOverload) -> torch_private.OpOverload | None:
     """``aten.relu`` for ``aten.relu_``; None where the pair does not exist or does not mean the same."""
     namespace, _, name = target._schema.name.partition("::")
     if namespace != "aten" or not name.endswith("_") or name.startswith(("_", "resize", "set_", "rename")):
@@ -231,13 +232,13 @@ def _drop_noops(graph: fx.Graph, in_region: bool, with_gradient: Set[fx.Node]) -
 def _noop_kind(node: fx.Node) -> str | None:
     """How the result relates to the first argument: "itself", "view" or "copy"; None where the operator does work."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or not node.args:
+    if node.op != "call_function" or not isinstance(target, torch_private.OpOverload) or not node.args:
         return None
     if target in DROPOUT:
         _, p, train = node.args
         return "itself" if p == 0 or not train else None
     if target in _SAME_VIEW:
-        before_region = any(isinstance(user.target, torch._ops.HigherOrderOperator) for user in node.users)
+        before_region = any(isinstance(user.target, torch_private.HigherOrderOperator) for user in node.users)
         return None if before_region else "view"
     if target is aten.slice.Tensor:
         return "view" if is_whole_slice(node) else None
@@ -279,11 +280,11 @@ def _eliminate_dead(gm: fx.GraphModule) -> int:
 
 
 def _is_pure(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, torch_private.HigherOrderOperator):
         bodies: Iterator[Any] = (get_constant(gm, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr")
         inner = [body for body in bodies if isinstance(body, fx.GraphModule)]
         return all(n.op in ("placeholder", "output") or _is_pure(body, n) for body in inner for n in body.graph.nodes)
-    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+    if isinstance(node.target, torch_private.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
         return not draws_random_numbers(node)
     return not node.is_impure()
 
@@ -295,6 +296,4 @@ def _follows_from_inputs(node: fx.Node) -> bool:
 
 
 def _constrains_nothing(node: fx.Node) -> bool:
-    if node.target not in _CONSTRAINTS:
-        return False
-    return all(user.target in _CONSTRAINTS for user in node.args[0].users)  # type: ignore[union-attr]
+    return node.target in _CONSTRAINTS and all(user.target in _CONSTRAINTS for user in node.args[0].users)  # type: ignore[union-attr]

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qpass.ir.alias import written
 from qpass.ir.edit import get_constant
 from qpass.ir.origins import derived_constants
 from qpass.ir.regions import regions
+from qpass.torch_private import is_traceable_wrapper_subclass
 
 BORROWED_KEY = "qpass_borrowed"
 ALIGNMENT = 16

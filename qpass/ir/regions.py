@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass import torch_private
 from qpass.ir.alias import written_inputs
 from qpass.ir.edit import Editor, free_name, get_constant, owner_of
 from qpass.ir.gradient import DETACH, is_floating
@@ -113,7 +114,7 @@ class _Operands:
 
 def operands_of(gm: fx.GraphModule, call: fx.Node) -> _Operands | None:
     """The unchanged operands of a higher-order operator; None for other nodes and for conventions not known here."""
-    if call.op != "call_function" or not isinstance(call.target, torch._ops.HigherOrderOperator):
+    if call.op != "call_function" or not isinstance(call.target, torch_private.HigherOrderOperator):
         return None
     name, args = call.target.name(), call.args
     if call.kwargs.get("mutated_arg_indices"):

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
+from qpass import torch_private
 from qpass.ir.constants import Constants
 from qpass.ir.edit import Editor, erase_dead
 from qpass.ir.expression import Expr
@@ -89,7 +89,7 @@ def apply_rules(gm: fx.GraphModule, rules: Sequence[Rule], pass_name: str) -> Ap
     Linear in the graph. Rewritten roots are replaced everywhere and erased together with the inputs that only they
     used; a rule that moves an operation downstream is met again further down the same walk.
     """
-    by_root: dict[torch._ops.OpOverload, list[Rule]] = defaultdict(list)
+    by_root: dict[torch_private.OpOverload, list[Rule]] = defaultdict(list)
     for rule in rules:
         for op in rule.matcher().roots:
             by_root[op].append(rule)

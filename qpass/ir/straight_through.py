@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from qpass import torch_private
 from qpass.errors import InputError
 from qpass.ir.gradient import DETACH
 from qpass.ir.record import graph_record
 from qpass.ir.regions import regions
+from qpass.torch_private import tree_leaves, tree_map_only
 
 NAMESPACE = "quantized_decomposed"
 
@@ -90,7 +91,7 @@ def make_differentiable(gm: fx.GraphModule) -> int:
 
 def differentiable_twin(target: Any) -> Any:
     """The operator of qpass that stands for one of torch's ``quantized_decomposed``; None for any other target."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != NAMESPACE:
+    if not isinstance(target, torch_private.OpOverload) or target.namespace != NAMESPACE:
         return None
     packet = getattr(torch.ops.qpass_decomposed, target._schema.name.rpartition("::")[2])
     return getattr(packet, target._overloadname or "default")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass import torch_private
+
 
 def graph_text(gm: fx.GraphModule, *, shapes: bool = False) -> str:
     """One line per node, ``name = op(args)``; constants by their dotted name; ``shapes`` adds dtype and sizes."""
@@ -31,7 +33,7 @@ def graph_text(gm: fx.GraphModule, *, shapes: bool = False) -> str:
 def target_name(node: fx.Node) -> str:
     """``linear`` for ``aten.linear.default``, ``namespace.op`` outside ATen, with any overload but the default one."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch_private.OpOverload):
         namespace, _, name = target._schema.name.partition("::")
         overload = "" if target._overloadname == "default" else f".{target._overloadname}"
         prefix = "" if namespace in ("aten", "quantized_decomposed") else f"{namespace}."

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import fx
 
+from qpass import torch_private
 from qpass.errors import VerifyError
 from qpass.ir.modes import ByMode
 from qpass.ir.record import Stage
@@ -47,7 +47,7 @@ def _fault(node: fx.Node, stage: Stage) -> str:
         if owner is not None and isinstance(owner.get_submodule(str(node.target)), ByMode):
             return ""
         return f"calls a sub-module that is neither named {OBSERVER_PREFIX}N nor one of qpass.modes"
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, torch_private.OpOverload):
         return ""
     namespace = node.target.namespace
     if namespace == "quantized_decomposed":

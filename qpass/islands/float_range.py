@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
+from qpass import torch_private
 from qpass.ir.alias import written
 from qpass.ir.edit import get_constant
 from qpass.islands.views import carried
+from qpass.torch_private import tree_leaves
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)
@@ -72,7 +73,7 @@ def _is_beyond(
         return True
     if node in bounded or node.target in SMALL_RESULTS:
         return False
-    if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
+    if node.op == "call_function" and not isinstance(node.target, torch_private.OpOverload):
         is_item = getattr(node.target, "__name__", "") == "getitem"
         return not is_item or any(source in found for source in node.all_input_nodes)
     if node.target is aten.embedding.default:

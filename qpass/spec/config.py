@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 import torch
 
+from qpass import torch_private
 from qpass.errors import ConfigError, near
 from qpass.spec import QuantizationSpec
 from qpass.spec.fake_quantize import FakeQuantizeBase
@@ -208,13 +209,9 @@ def resolve_compute_dtype(config: Config) -> torch.dtype | None:
 
 
 def _bfloat16_is_fast() -> bool:
-    probes: tuple[Callable[[], bool] | None, ...] = (
-        getattr(torch.cpu, "_is_avx512_bf16_supported", None),
-        getattr(torch.cpu, "_is_amx_tile_supported", None),
-    )
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not torch.backends.mkldnn.is_available() or not torch_private.is_mkldnn_bf16_supported():
         return False
-    return any(probe() for probe in probes if probe is not None)
+    return torch_private.is_avx512_bf16_supported() or torch_private.is_amx_tile_supported()
 
 
 def _op_names(op: str) -> tuple[str, ...]:

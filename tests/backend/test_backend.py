@@ -225,7 +225,7 @@ def test_a_mode_is_options_of_inductor_and_options_of_ones_own_win(name: str, mo
         asked.update(config_patches)
         return lambda *arguments: (torch.zeros(16, 32),)
 
-    monkeypatch.setattr(sys.modules["qpass.backend"], "compile_lowered", compile_lowered)
+    monkeypatch.setattr(sys.modules["qpass.backend.backend"], "compile_lowered", compile_lowered)
     given: Any = "qpass" if name == "qpass" else qpass.backend(inductor={"coordinate_descent_tuning": False})
     with torch.no_grad():
         torch.compile(Mlp().eval(), backend=given, mode="max-autotune-no-cudagraphs")(torch.randn(16, 32))

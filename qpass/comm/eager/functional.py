@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import DeviceMesh
 
+from qpass import torch_private
 from qpass.comm.eager import collectives
 from qpass.comm.wire.codec import Codec
 from qpass.errors import InputError
+from qpass.torch_private import functional_collectives as funcol
 
 Run = Callable[[Tensor], Tensor]
 Call = dict[str, Any]
@@ -100,7 +101,7 @@ def process_group(group: Any) -> dist.ProcessGroup:
     if isinstance(group, tuple) and len(group) == 2 and isinstance(group[0], DeviceMesh):
         return group[0].get_group(group[1])
     if isinstance(group, str):
-        resolve: Any = torch._C._distributed_c10d._resolve_process_group  # by name, as the operators do it
+        resolve: Any = torch_private.resolve_process_group  # by name, as the operators do it
         return resolve(group)
     if isinstance(group, dist.ProcessGroup):
         return group

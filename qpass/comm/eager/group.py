@@ -17,9 +17,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, _resolve_process_group
 
 from qpass.errors import InputError
+from qpass.torch_private import PrefixStore
+from qpass.torch_private import resolve_process_group as _resolve_process_group
 
 
 class Group:

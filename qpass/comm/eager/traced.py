@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _functional_collectives as funcol
 
 from qpass.comm.eager.schedule import shots
 from qpass.comm.wire.codec import Codec
 from qpass.comm.wire.operators import FLOATS
+from qpass.torch_private import functional_collectives as funcol
 
 _ops = torch.ops.qpass
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._prims_common import is_contiguous_or_false
 
 import qpass.comm.wire.feedback  # noqa: F401  (registers the operators)
 from qpass.comm.wire.format import WireFormat, parse
 from qpass.ir.edit import Editor
 from qpass.ir.match import normalized
 from qpass.ir.sizes import Size, argument, arguments, is_known, is_symbolic, product, sizes, value_of
+from qpass.torch_private import is_contiguous_or_false
 
 aten, wire_ops = torch.ops.aten, torch.ops.qpass
 

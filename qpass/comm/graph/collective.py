@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives  # registers what the operators return for fake tensors
 from torch import fx
-from torch._higher_order_ops import auto_functionalize
 
+from qpass import torch_private
 from qpass.ir.expression import operators
 from qpass.ir.match import normalized
+from qpass.torch_private import auto_functionalize
 
 c10d = operators("_c10d_functional")
 """Functional collectives as expressions."""
 
+_ = torch_private.functional_collectives  # registers what the operators return for fake tensors
 ops = torch.ops._c10d_functional
 
 FUNCTIONALIZED = (auto_functionalize.auto_functionalized, auto_functionalize.auto_functionalized_v2)
@@ -147,6 +148,6 @@ def world_in(node: fx.Node) -> int | None:
     if isinstance(group, fx.Node):
         return None
     try:
-        return torch.distributed.distributed_c10d._get_group_size_by_name(group)
+        return torch_private.get_group_size_by_name(group)
     except (RuntimeError, KeyError, ValueError):  # no process group of that name
         return None

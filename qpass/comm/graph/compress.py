@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import fx
-from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from qpass.comm.graph.collective import KINDS, is_other_collective
 from qpass.comm.graph.decisions import GraphDecisions, keep
@@ -36,6 +34,8 @@ from qpass.ir.frame import Pass
 from qpass.ir.pipeline import run_pass, watch
 from qpass.ir.record import NodeRecord, records_of
 from qpass.ir.source import module_stack, where
+from qpass.torch_private import CustomGraphPass, get_hash_for_files
+from qpass.torch_private import inductor_config as config
 
 
 def compress(
@@ -100,7 +100,7 @@ class CompressCollectives(CustomGraphPass):
         self.places = places
 
     def __call__(self, graph: fx.Graph) -> None:
-        from torch._inductor.pattern_matcher import stable_topological_sort  # takes a second to import
+        from qpass.torch_private import stable_topological_sort  # takes a second to import
 
         gm = graph.owning_module
         assert gm is not None

@@ -13,9 +13,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from torch._dynamo.utils import counters
-
 from qpass.ir.record import NodeRecord
+from qpass.torch_private import counters
 
 PREFIX = "qpass collectives "
 _KEPT = [field.name for field in fields(NodeRecord) if field.name != "compute_dtype"]

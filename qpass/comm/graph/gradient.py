@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from qpass.comm.graph.collective import SUMS, WAIT, ops
 from qpass.ir.match import normalized
 from qpass.ir.rule import require
+from qpass.torch_private import tree_leaves
 
 aten = torch.ops.aten
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # exported, but not said to be
 
+from qpass import torch_private
 from qpass.comm.eager import collectives
 from qpass.comm.eager.schedule import two_shot_bytes
 from qpass.comm.eager.statistics import Statistics, plain_bytes, sent_bytes
@@ -216,7 +217,7 @@ class DDPHook(HookState):
             dtype = torch.float32 if self.error_feedback else buffer.dtype
             values = buffer.new_zeros(sum(layout.padded), dtype=dtype)
             parts = [part[:size] for part, size in zip(values.split(layout.padded), layout.sizes, strict=True)]
-            torch._foreach_copy_(parts, list(buffer.split(layout.sizes)))
+            torch_private.foreach_copy_(parts, list(buffer.split(layout.sizes)))
         if layout.residual is not None:
             return self._fed(values.float(), layout, layout.residual)
         if self.measure_error:
@@ -245,7 +246,7 @@ class DDPHook(HookState):
             return buffer
         with torch.no_grad():
             parts = [part[:size] for part, size in zip(values.split(layout.padded), layout.sizes, strict=True)]
-            torch._foreach_copy_(list(buffer.split(layout.sizes)), parts)
+            torch_private.foreach_copy_(list(buffer.split(layout.sizes)), parts)
             if layout.residual is not None and buffer.element_size() < 4:
                 # the cast rounds, too, on all ranks alike: each keeps what it took, and the mean of them is that
                 kept = layout.residual.split(layout.padded)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-import torch
 from torch import Tensor
+
+from qpass import torch_private
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class Padded:
         if self.is_dense:
             return flat
         values = self.empty(flat).zero_()
-        torch._foreach_copy_(self._parts(values, self.padded), self._parts(flat, self.sizes))
+        torch_private.foreach_copy_(self._parts(values, self.padded), self._parts(flat, self.sizes))
         return values
 
     def unpack(self, values: Tensor, flat: Tensor) -> None:
         """The inverse of `pack`, into `flat`."""
         if not self.is_dense:
-            torch._foreach_copy_(self._parts(flat, self.sizes), self._parts(values, self.padded))
+            torch_private.foreach_copy_(self._parts(flat, self.sizes), self._parts(values, self.padded))
 
     def _parts(self, buffer: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Each tensor's elements in a buffer where the tensors take `lengths`, ``[copies, size]``."""

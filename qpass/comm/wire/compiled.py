@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass import torch_private
 from qpass.comm.wire import kernels as wire_kernels
 from qpass.comm.wire.format import SCALES, WireFormat
 from qpass.comm.wire.kernels import NONE, Hints
@@ -112,10 +113,10 @@ def _payload(rows: int, wire: WireFormat, device: torch.device) -> Tensor:
 
 def _compile(function: Kernel, example: Callable[[int], list[Tensor]]) -> Kernel | None:
     """`function`, compiled for tensors like ``example(rows)`` with any number of rows but 0 and 1."""
-    from torch._inductor.compile_fx import compile_fx
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    from qpass.torch_private import FakeTensorMode, compile_fx
 
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes)
@@ -130,7 +131,7 @@ def _compile(function: Kernel, example: Callable[[int], list[Tensor]]) -> Kernel
     def kernel(*tensors: Tensor) -> None:
         function(*tensors, hints=Hints(getattr(torch.ops._inductor_test, "realize", NONE.keep), _constant))
 
-    with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)):
+    with torch.no_grad(), torch_private.tracing(torch_private.TracingContext(mode)):
         graph = make_fx(kernel, tracing_mode="fake")(*fakes)
         compiled: Any = compile_fx(graph, fakes)
     if shapes.guards:  # nobody would check them
@@ -140,8 +141,8 @@ def _compile(function: Kernel, example: Callable[[int], list[Tensor]]) -> Kernel
 
 
 def _has_compiler() -> bool:
-    from torch._inductor import exc
-    from torch._inductor.cpp_builder import get_cpp_compiler
+    from qpass.torch_private import get_cpp_compiler
+    from qpass.torch_private import inductor_exc as exc
 
     try:
         get_cpp_compiler()

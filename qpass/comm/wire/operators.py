@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass import torch_private
 from qpass.comm.wire import kernels as wire_kernels
 from qpass.comm.wire.compiled import encode_kernel, encoded, reduce_kernel, split
 from qpass.comm.wire.format import CASTS, WireFormat, parse
@@ -223,7 +224,7 @@ def decode_reduce_formula(payloads: Tensor, numel: int, dtype: torch.dtype, form
     return torch.cat(pieces, dim=1).reshape(-1)[:numel].to(dtype)
 
 
-FORMULAS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+FORMULAS: dict[torch_private.OpOverload, Callable[..., Any]] = {
     torch.ops.qpass.encode.default: encode_formula,
     torch.ops.qpass.decode.default: decode_formula,
     torch.ops.qpass.decode_reduce.default: decode_reduce_formula,

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from qpass.arithmetic.numerics import dtype_name
 from qpass.errors import ConfigError
@@ -23,6 +22,7 @@ from qpass.patterns import CATALOGUE, KEPT_IN_FLOAT
 from qpass.spec import PerChannel, PerGroup, QuantizationSpec
 from qpass.spec.config import Config, Resolved
 from qpass.targets import Target
+from qpass.torch_private import tree_leaves
 
 EDGES = "qpass_edges"
 """``meta`` key on a consumer: {source node: spec}, read and removed by ``insert_observers``."""

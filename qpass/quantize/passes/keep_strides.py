@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 
+from qpass import torch_private
 from qpass.ir.alias import aliased_inputs, written, written_inputs
 from qpass.ir.edit import Editor
 from qpass.ir.fake import fake_result
@@ -148,7 +149,7 @@ def _sees_strides(node: fx.Node) -> bool:
     if node.op != "call_function":
         return True  # the output; a call of a module, which may hold anything
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, torch_private.OpOverload):
         return getattr(target, "__module__", "") != "_operator"  # control flow, functions; a getitem sees nothing
     random = torch.Tag.nondeterministic_seeded in target.tags  # numbers are drawn in the order of memory
     return random or target.namespace not in BLIND or target in SEEING

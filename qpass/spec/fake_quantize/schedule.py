@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from qpass.spec.fake_quantize.base import FakeQuantizeBase
+from qpass.torch_private import NormBase as _NormBase
 
 
 def freeze_observers(module: nn.Module) -> None:

@@ -9,10 +9,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
+from qpass import torch_private
 from qpass.errors import CalibrationError
 from qpass.spec import QuantizationSpec
+from qpass.torch_private import is_fake
 
 OBSERVED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes that can be observed."""
@@ -151,7 +152,7 @@ def check_not_transformed(x: Tensor, statistics: Tensor, module: nn.Module) -> N
     Raises:
         CalibrationError: `x` belongs to a function transform, and `statistics` do not.
     """
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    wrapped = torch_private.is_functorch_wrapped_tensor
     if not torch.compiler.is_compiling() and wrapped(x) and not wrapped(statistics):
         raise CalibrationError(
             f"{type(module).__name__} cannot observe inside torch.func.vmap or grad: a transform may not write to the "
@@ -163,11 +164,11 @@ def check_not_transformed(x: Tensor, statistics: Tensor, module: nn.Module) -> N
 def is_eager(x: Tensor) -> bool:
     """Whether Python may branch on values of `x`: no trace, fake tensor, dispatch mode or function transform is at
     work."""
-    return is_readable(x) and torch._C._functorch.peek_interpreter_stack() is None
+    return is_readable(x) and torch_private.peek_interpreter_stack() is None
 
 
 def is_readable(x: Tensor) -> bool:
     """Whether `x` has one value for all, also where a function transform is at work on others."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return False
-    return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return torch_private.len_torch_dispatch_stack() == 0 and not torch_private.is_functorch_wrapped_tensor(x)

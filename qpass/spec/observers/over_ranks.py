@@ -14,7 +14,7 @@ from torch import Tensor
 
 def extrema_over_ranks(low: Tensor, high: Tensor, left_out: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The smallest `low`, the largest `high` and the sum of `left_out`, by one collective. Every rank must call it."""
-    from torch.distributed import _functional_collectives as collectives
+    from qpass.torch_private import functional_collectives as collectives
 
     packed = torch.cat([low.flatten().double(), high.flatten().double(), left_out.reshape(1).double()])
     gathered = collectives.all_gather_single(packed[None], 0, group)
@@ -26,7 +26,7 @@ def extrema_over_ranks(low: Tensor, high: Tensor, left_out: Tensor, group: Any) 
 
 def sum_over_ranks(counts: Tensor, group: Any) -> Tensor:
     """The sum of an integer tensor. Every rank must call it."""
-    from torch.distributed import _functional_collectives as collectives
+    from qpass.torch_private import functional_collectives as collectives
 
     total: Tensor = collectives.wait_tensor(collectives.all_reduce(counts, "sum", group))
     return total

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.inductor_prims import force_stride_order
 
 from qpass.ir.edit import Editor
 from qpass.ir.rule import require
@@ -20,6 +19,7 @@ from qpass.islands.qdq import cast_of, only_quantize
 from qpass.spec import PerChannel, PerTensor, PerToken, QuantizationSpec
 from qpass.targets.target import Kernel, Output
 from qpass.targets.x86.packing import is_symbolic, pack_linear, packed, unsigned
+from qpass.torch_private import force_stride_order
 
 aten = torch.ops.aten
 onednn = torch.ops.onednn

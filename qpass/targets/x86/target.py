@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from types import MappingProxyType
 
-import torch
-
+from qpass import torch_private
 from qpass.patterns import Add, AvgPool, Conv, Embedding, Linear, Matmul, Mul
 from qpass.targets.generic.loops import DequantizedWeight, GatherRows, Pointwise
 from qpass.targets.target import Target
@@ -17,14 +16,14 @@ from qpass.targets.x86.linear import Int8WeightOnly, Qlinear, QlinearPerToken
 @lru_cache(maxsize=1)
 def missing() -> str:
     """Why this machine cannot run the int8 kernels, or "" when it can."""
-    if torch.cpu._is_vnni_supported():
+    if torch_private.is_vnni_supported():
         return ""
     return "this CPU has neither AVX512-VNNI nor AMX; the q/dq graph runs in floating point instead"
 
 
 def expands_attention() -> bool:
     """Whether two bfloat16 matrix products and a softmax beat torch's fused attention, as they do without AMX."""
-    return not torch.cpu._is_amx_tile_supported()
+    return not torch_private.is_amx_tile_supported()
 
 
 X86 = Target(

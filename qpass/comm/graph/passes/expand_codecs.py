@@ -21,7 +21,7 @@ class ExpandCodecs(Pass):
     """``encode(x), decode(p), decode_reduce(p)  ->  their arithmetic in ATen``, as far as Inductor takes it; exact."""
 
     def run(self, gm: fx.GraphModule) -> int:
-        from torch._inductor.decomposition import select_decomp_table
+        from qpass.torch_private import select_decomp_table
 
         edit, table, mode = Editor(gm, self.name), select_decomp_table(), fake_mode_of(gm.graph)
         found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in FORMULAS]

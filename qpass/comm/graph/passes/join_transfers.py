@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass import torch_private
 from qpass.comm.eager.schedule import CHUNK
 from qpass.comm.graph.coded import ENCODE_FED, ENCODERS
 from qpass.comm.graph.collective import KINDS, WAIT, Collective, as_collective
@@ -103,7 +104,7 @@ def _has_effect(node: fx.Node) -> bool:
         return False
     if node.target is WAIT:  # what reads the same without it must stay behind it
         return any(len(source.users) > 1 for source in node.all_input_nodes)
-    return node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator) or node.is_impure()
+    return node.op != "call_function" or isinstance(node.target, torch_private.HigherOrderOperator) or node.is_impure()
 
 
 def _join(bucket: list[Collective], edit: Editor) -> None:

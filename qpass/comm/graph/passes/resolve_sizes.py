@@ -9,12 +9,11 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from qpass.ir.edit import Editor
 from qpass.ir.frame import Pass
 from qpass.ir.sizes import is_data_dependent, is_symbolic
+from qpass.torch_private import PythonReferenceAnalysis, sympy_interp
 
 aten = torch.ops.aten
 
