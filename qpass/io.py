@@ -16,7 +16,7 @@ from qpass.capture.export import TRACING, capture
 from qpass.errors import InputError
 from qpass.inspect.matching.match import match
 from qpass.inspect.operations import PASSES
-from qpass.inspect.saved import CUSTOM, EXTRA, KEY, MADE_BY, as_kept, kept_record, open_program
+from qpass.inspect.saved import CUSTOM, EXTRA, FORMAT, KEY, MADE_BY, as_kept, kept_record, open_program
 from qpass.inspect.snapshot import snapshot
 from qpass.ir.exporting import QUIET
 from qpass.ir.record import GRAPH_KEY, GraphRecord, graph_record, set_record
@@ -26,8 +26,8 @@ from qpass.islands.qparam_state import keep_qparams
 def save(model: fx.GraphModule | ExportedProgram, path: str | os.PathLike[str]) -> None:
     """Write a captured or quantized graph, or an exported program, as a ``.pt2``.
 
-    The file is an ordinary one of ``torch.export``; decisions, stage and target travel beside the program. Where q/dq
-    operators are not registered, a process imports ``qpass`` before it loads the file.
+    The file is an ordinary one of ``torch.export``; decisions, stage, target and the number of the format travel beside
+    the program. Where q/dq operators are not registered, a process imports ``qpass`` before it loads the file.
 
     Raises:
         InputError: the model is no graph, or at a stage that no file can hold: observers compute with Python, and
@@ -56,7 +56,7 @@ def save(model: fx.GraphModule | ExportedProgram, path: str | os.PathLike[str]) 
         told |= {MADE_BY: view.made_by} if view.made_by in PASSES else {}
         node.meta[CUSTOM] = {**node.meta.get(CUSTOM, {}), **told}
     state = {"stage": record.stage, "target": record.target, "float_bytes": record.float_bytes, "notes": record.notes}
-    torch.export.save(program, os.fspath(path), extra_files={EXTRA: json.dumps(state)})
+    torch.export.save(program, os.fspath(path), extra_files={EXTRA: json.dumps({"format": FORMAT, **state})})
 
 
 def load(path: str | os.PathLike[str]) -> fx.GraphModule:
@@ -66,10 +66,11 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
     torch executes code while it opens such a file: load only files whose origin you trust.
 
     Raises:
-        InputError: there is no such file, or it holds no exported program.
+        InputError: there is no such file, it holds no exported program, or a newer qpass wrote it.
     """
     program = open_program(path)
-    state: dict[str, Any] = program.graph_module.meta.get(EXTRA, {})
+    state: dict[str, Any] = {**program.graph_module.meta.get(EXTRA, {})}
+    state.pop("format", None)
     gm = capture(program)
     if state:
         gm.meta[GRAPH_KEY] = GraphRecord(**state)

@@ -1,7 +1,10 @@
-"""Files of models whose inputs are not all tensors: Python values are constants of the graph, in the file as well."""
+"""Files of models: Python inputs are constants of the graph, in the file as well; the format has a number."""
 
 from __future__ import annotations
 
+import json
+import zipfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import qpass
+from qpass.errors import InputError
+from qpass.inspect.saved import FORMAT, open_program
+from qpass.ir.record import NodeRecord
 from road import STATIC, same
 
 X = torch.randn(4, 8)
@@ -57,3 +63,79 @@ def test_python_inputs_are_saved_as_the_constants_that_they_are(
     for model in (quantized, loaded):
         with pytest.raises((RuntimeError, ValueError, TypeError, AssertionError)):
             model(X, **other)
+
+
+# The format and its number
+
+LAYOUTS = {
+    1: (
+        {"format", "stage", "target", "float_bytes", "notes"},
+        {
+            "op", "outcome", "reason", "pattern", "kernel", "module", "line", "compute_dtype", "size", "asked", "group",
+        },
+    ),
+}  # fmt: skip
+"""What each format writes: the keys of the file beside the program, and the fields of the record of a node."""
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "model.pt2"
+    prepared = qpass.prepare(nn.Sequential(nn.Linear(8, 8)).eval(), (X,), config="int8_dynamic")
+    qpass.save(qpass.convert(prepared), path)
+    return path
+
+
+def beside(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("qpass.json"))
+        found: dict[str, Any] = json.loads(archive.read(name))
+    return found
+
+
+def rewritten(path: Path, **changes: Any) -> Path:
+    """A copy of the file with other values beside the program; None takes a key away. No program is touched."""
+    told = {key: value for key, value in {**beside(path), **changes}.items() if value is not None}
+    other = path.with_name("other.pt2")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, "w") as target:
+        for info in source.infolist():
+            target.writestr(info, json.dumps(told) if info.filename.endswith("qpass.json") else source.read(info))
+    return other
+
+
+def test_a_file_says_its_format_and_holds_the_layout_of_that_format(saved: Path) -> None:
+    """When this fails, a key or a field has changed: raise FORMAT, add its layout, and read the older ones."""
+    keys, names = LAYOUTS[FORMAT]
+    assert beside(saved)["format"] == FORMAT
+    assert set(beside(saved)) == keys
+    assert {field.name for field in fields(NodeRecord)} == names
+
+
+@pytest.mark.parametrize("wrong", [FORMAT + 1, 0, "next"])
+def test_a_file_of_another_format_is_one_error_before_torch_opens_it(
+    wrong: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opens(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("torch opens the file")
+
+    other = rewritten(saved, format=wrong)
+    monkeypatch.setattr(torch.export, "load", opens)
+    for read in (qpass.load, lambda path: qpass.diff(path, path)):
+        with pytest.raises(InputError) as refused:
+            read(other)
+        assert str(refused.value) == (
+            f"{str(other)!r} has format {wrong!r}, and this qpass reads formats 1 to {FORMAT}\n"
+            "  to do: install the qpass that wrote the file, or a newer one; or save the model again with this one"
+        )
+
+
+@torch.no_grad()
+def test_a_file_from_before_formats_is_read_as_the_first(saved: Path) -> None:
+    loaded = qpass.load(rewritten(saved, format=None))
+    assert same(loaded(X), qpass.load(saved)(X))
+    assert "1 of 1 quantized" in str(qpass.report(loaded))
+
+
+def test_a_file_that_qpass_did_not_write_has_no_format(tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(nn.Linear(8, 8), (X,)), tmp_path / "plain.pt2")
+    assert open_program(tmp_path / "plain.pt2").graph_module.meta["qpass.json"] == {}

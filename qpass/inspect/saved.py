@@ -1,13 +1,14 @@
 """Programs in files: opening a ``.pt2``, and the decisions of qpass that travel in one.
 
 A record is kept in ``node.meta["custom"]["qpass"]``, which torch writes into the file with the node; the stage and the
-target lie beside the program as an extra file.
+target lie beside the program as an extra file, with the number of the format.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from qpass.arithmetic.numerics import dtype_name
 from qpass.errors import InputError
 from qpass.ir.record import NodeRecord, Stage, record_of
 
+FORMAT = 1
+"""The format of what qpass writes beside a program; raise it when a key or a field of `NodeRecord` changes."""
+
 EXTRA = "qpass.json"
 CUSTOM = "custom"
 KEY = "qpass"
@@ -33,10 +37,11 @@ def open_program(path: str | os.PathLike[str]) -> ExportedProgram:
     torch executes code while it opens such a file: open only files whose origin you trust.
 
     Raises:
-        InputError: there is no such file, or it holds no exported program.
+        InputError: there is no such file, it holds no exported program, or a newer qpass wrote it.
     """
     if not Path(path).is_file():
         raise InputError(f"there is no file {str(path)!r}", hint="write one with qpass.save or torch.export.save")
+    refuse_newer(path)
     extra = {EXTRA: ""}
     try:
         program = torch.export.load(os.fspath(path), extra_files=extra)
@@ -47,6 +52,29 @@ def open_program(path: str | os.PathLike[str]) -> ExportedProgram:
         ) from error
     program.graph_module.meta[EXTRA] = json.loads(extra[EXTRA] or "{}")
     return program
+
+
+def refuse_newer(path: str | os.PathLike[str]) -> None:
+    """Raise InputError where the file has a format that this qpass does not know; torch opens nothing for that.
+
+    A file without a format is not qpass's, or older than formats, which are read as the first one.
+    """
+    found = _extra_file(path).get("format", FORMAT)
+    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+        raise InputError(
+            f"{str(path)!r} has format {found!r}, and this qpass reads formats 1 to {FORMAT}",
+            hint="install the qpass that wrote the file, or a newer one; or save the model again with this one",
+        )
+
+
+def _extra_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What qpass wrote beside the program in the file; empty where there is nothing of qpass's."""
+    if not zipfile.is_zipfile(path):
+        return {}
+    with zipfile.ZipFile(path) as archive:
+        name = next((name for name in archive.namelist() if name.endswith(f"/extra/{EXTRA}")), "")
+        found = json.loads(archive.read(name)) if name else {}
+    return found if isinstance(found, dict) else {}
 
 
 def kept_stage(program: ExportedProgram) -> Stage | str:
