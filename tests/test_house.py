@@ -208,8 +208,8 @@ def test_a_pass_file_is_named_by_its_pass() -> None:
 
 
 def texts() -> Iterator[Path]:
-    folders = (ROOT / name for name in ("qpass", "patterns", "tests", "examples", ".ci"))
-    yield from (file for file in ROOT.iterdir() if file.suffix in (".md", ".toml", ".txt"))
+    folders = (ROOT / name for name in ("qpass", "patterns", "tests", "examples", "docs", ".ci", ".github"))
+    yield from (file for file in ROOT.iterdir() if file.suffix in (".md", ".toml", ".txt", ".yml", ".yaml"))
     for folder in folders:
         files = (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
         yield from (file for file in files if file.suffix != ".png")
