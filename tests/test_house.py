@@ -161,6 +161,62 @@ def test_every_private_name_is_there() -> None:
     assert [name for name in torch_private.HOMES if getattr(torch_private, name, None) is None] == []
 
 
+# What ARCHITECTURE.md says
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Each paragraph and each item of a list; fenced code, tables and headings are none."""
+    prose = re.sub(r"(?ms)^```.*?^```$", "", text)
+    lines = (line for line in prose.splitlines() if not line.startswith(("|", "#")))
+    for block in re.split(r"\n\s*\n", "\n".join(lines)):
+        yield from (part for part in re.split(r"\n(?=- |\d+\. )", block.strip("\n")) if part)
+
+
+def named_paths(text: str) -> list[str]:
+    """The paths in backticks: what ends as a file of Python or text does, or as a folder."""
+    return re.findall(r"`([\w./-]+(?:\.py|\.md|\.toml|/))`", text)
+
+
+def test_the_plan_of_the_house_is_easy_to_read() -> None:
+    assert [line for line in ARCHITECTURE.splitlines() if len(line) > 120] == []
+    assert [text for text in paragraphs(ARCHITECTURE) if len(text.splitlines()) > 6] == []
+
+
+@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "SECURITY.md"])
+def test_every_path_of_a_page_is_there(name: str) -> None:
+    found = named_paths((ROOT / name).read_text())
+    assert found or name != "ARCHITECTURE.md"
+    assert [path for path in found if not any((base / path).exists() for base in (ROOT, ROOT / "qpass"))] == []
+
+
+def test_long_paragraphs_and_wrong_paths_are_seen() -> None:
+    long = "\n".join(f"line {number}" for number in range(7))
+    assert list(paragraphs(f"# Title\n{long}\n\n- one\n- two\n```\n{long}\n```")) == [long, "- one", "- two"]
+    assert named_paths("`ir/edit.py` `no/where/` `torch.nn` `a/b` `README.md`") == [
+        "ir/edit.py",
+        "no/where/",
+        "README.md",
+    ]
+
+
+def test_the_table_of_meta_keys_is_what_the_code_uses() -> None:
+    table = set(re.findall(r"^\| `(qpass\w*)` \|", ARCHITECTURE.partition("## What rides on nodes")[2], re.MULTILINE))
+    assert table == {key for file in MODULES.values() for key in meta_keys(file.read_text())}
+
+
+def meta_keys(source: str) -> set[str]:
+    """The texts by which `source` writes into ``meta``: constants, but for namespaces of operators, and literals."""
+    named = set(re.findall(r'^(?!NAMESPACE)[A-Z_]+ = "(qpass(?:_\w+)?)"$', source, re.MULTILINE))
+    return named | set(re.findall(r'\bmeta(?:\[|\.get\(|\.pop\(|\.setdefault\()"(qpass\w*)"', source))
+
+
+def test_the_table_of_passes_is_the_passes() -> None:
+    named = re.findall(r"`(\w+)`", ARCHITECTURE.partition("## The passes")[2].partition("Each pass is one file")[0])
+    files = {name.split(".")[-1]: file for name, file in MODULES.items() if name.split(".")[-2:-1] == ["passes"]}
+    classes = {name for file in files.values() for name in frozen_dataclasses(file.read_text())}
+    assert set(named) == classes - {"RecogniseIslands"}  # which the backend runs by itself
+
+
 # Names, sizes, words
 
 
