@@ -63,6 +63,32 @@ def is_pure(node: fx.Node) -> bool:
 
 def expression(node: fx.Node) -> tuple[tuple[str, ...], Callable[..., torch.Tensor]]:
     """The names that a constant node reads and a function of their values; it holds no reference to the graph."""
+    names, steps, result = _steps(node)
+
+    def compute(*values: torch.Tensor) -> torch.Tensor:
+        known: dict[int | str, Any] = dict(zip(names, values, strict=True))
+
+        def fill(argument: Any) -> Any:
+            if isinstance(argument, _Slot):
+                return known[argument.key]
+            if isinstance(argument, (list, tuple)):
+                return [fill(item) for item in argument]
+            return argument
+
+        for index, (target, args, kwargs) in enumerate(steps):
+            known[index] = target(*map(fill, args), **{key: fill(item) for key, item in kwargs.items()})
+        return known[result.key]
+
+    return names, compute
+
+
+def form(node: fx.Node) -> str:
+    """The expression of a constant node as text: equal texts, in one graph, are equal values."""
+    return repr(_steps(node))
+
+
+def _steps(node: fx.Node) -> tuple[tuple[str, ...], list[tuple[Any, Any, Any]], _Slot]:
+    """The names that a constant node reads, the operations on them in order, and where the result is."""
     names: list[str] = []
     steps: list[tuple[Any, Any, Any]] = []
     slots: dict[fx.Node, int | str] = {}
@@ -82,22 +108,7 @@ def expression(node: fx.Node) -> tuple[tuple[str, ...], Callable[..., torch.Tens
         return _Slot(slots[current])
 
     result = visit(node)
-
-    def compute(*values: torch.Tensor) -> torch.Tensor:
-        known: dict[int | str, Any] = dict(zip(names, values, strict=True))
-
-        def fill(argument: Any) -> Any:
-            if isinstance(argument, _Slot):
-                return known[argument.key]
-            if isinstance(argument, (list, tuple)):
-                return [fill(item) for item in argument]
-            return argument
-
-        for index, (target, args, kwargs) in enumerate(steps):
-            known[index] = target(*map(fill, args), **{key: fill(item) for key, item in kwargs.items()})
-        return known[result.key]
-
-    return tuple(names), compute
+    return tuple(names), steps, result
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Editor:
         self.pass_name = pass_name
         self._constants: dict[tuple[Any, ...], Any] = {}
         self._numbers: Counter[str] = Counter()
+        self._derived: dict[Hashable, str] = {}
 
     def call(
         self,
@@ -71,7 +72,14 @@ class Editor:
         set_constant(self.gm, name, value)
         if derived is not None:
             derived_constants(self.gm)[name] = derived
+            if derived.form is not None:
+                self._derived[derived.form] = name
         return self.attribute(name, like=like, before=before, value=value)
+
+    def derived(self, form: Hashable, like: fx.Node, before: fx.Node) -> fx.Node | None:
+        """Insert a ``get_attr`` of the constant that this editor registered as derived by ``form``, if it did."""
+        name = self._derived.get(form)
+        return None if name is None else self.attribute(name, like, before, get_constant(self.gm, name))
 
     def attribute(self, name: str, like: fx.Node, before: fx.Node, value: torch.Tensor) -> fx.Node:
         """Insert a ``get_attr`` of an existing attribute."""

@@ -7,7 +7,7 @@ and two names may share one. Names are kept by all copies of a graph, and a name
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,14 @@ Origin = int | torch.Tensor
 
 @dataclass(frozen=True)
 class Derived:
-    """``compute(*sources) -> tensor``: how the constant of this name follows from others of the same graph module."""
+    """``compute(*sources) -> tensor``: how the constant of this name follows from others of the same graph module.
+
+    ``form``: what is computed, as a value. Constants of equal forms are one; None is equal to nothing.
+    """
 
     sources: tuple[str, ...]
     compute: Callable[..., torch.Tensor]
+    form: Hashable = None
 
 
 def origins(gm: torch.nn.Module) -> dict[str, Origin]:

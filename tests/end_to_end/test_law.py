@@ -108,7 +108,7 @@ def wrong_code(m: IslandMatch, edit: Editor, before: fx.Node) -> tuple[fx.Node, 
         changed[0, 0] += 1
         return torch.ops.onednn.qlinear_prepack(changed, None)
 
-    return packed(m, pack, edit, before)
+    return packed(m, pack, "wrong", edit, before)
 
 
 @pytest.mark.parametrize(

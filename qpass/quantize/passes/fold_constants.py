@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from qpass.ir.alias import storages
-from qpass.ir.constants import Constants, expression
+from qpass.ir.constants import Constants, expression, form
 from qpass.ir.edit import Editor
 from qpass.ir.frame import Pass
 from qpass.ir.origins import Derived
@@ -46,10 +46,12 @@ class FoldConstants(Pass):
                 continue
             if all(user in constants and user.target not in _GROWS for user in node.users):
                 continue  # an inner part of a larger expression
-            names, compute = expression(node)
-            value = constants.value(node)
-            name = f"{module_path(node)}.folded".lstrip(".")
-            folded = edit.constant(name, value, like=node, before=node, derived=Derived(names, compute))
+            folded = edit.derived(form(node), like=node, before=node)
+            if folded is None:
+                names, compute = expression(node)
+                name = f"{module_path(node)}.folded".lstrip(".")
+                derived = Derived(names, compute, form(node))
+                folded = edit.constant(name, constants.value(node), like=node, before=node, derived=derived)
             node.replace_all_uses_with(folded)
             count += 1
         return count

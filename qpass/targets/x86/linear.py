@@ -154,7 +154,7 @@ class Int8WeightOnly(Kernel):
         place = {"like": m.root, "before": out.node}
         codes, scale = codes_of(m, "w"), quantized_operands(m)["w"].scale
         if axis == 1:
-            codes, scale, _ = packed(m, lambda codes: codes.t().contiguous(), edit, out.node)
+            codes, scale, _ = packed(m, lambda codes: codes.t().contiguous(), "transposed", edit, out.node)
         if val.dim() != 2:
             x = edit.call(aten.reshape.default, x, [-1, columns], **place)
         # the kernel refuses other rows, and Inductor, free to choose a layout, forgets a mere contiguous()

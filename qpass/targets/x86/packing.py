@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import fx
 
-from qpass.ir.constants import expression
+from qpass.ir.constants import expression, form
 from qpass.ir.edit import Editor, get_constant
 from qpass.ir.origins import Derived
 from qpass.islands.island import IslandMatch, codes_of, quantized_operands
@@ -39,7 +40,7 @@ def pack_linear(m: IslandMatch, edit: Editor, before: fx.Node) -> tuple[fx.Node,
         rows_first = codes.t() if transposed else codes
         return onednn.qlinear_prepack(rows_first.contiguous(), hint)
 
-    return packed(m, pack, edit, before)
+    return packed(m, pack, ("linear", transposed, str(hint)), edit, before)
 
 
 def pack_conv(
@@ -54,7 +55,8 @@ def pack_conv(
         image = codes.unsqueeze(2) if one_dimensional else codes
         return onednn.qconv_prepack(image, scale, x_scale, x_zero_point, *shape, groups, hint)
 
-    return packed(m, pack, edit, before)
+    settings = (one_dimensional, x_scale, x_zero_point, str(shape), groups, str(hint))
+    return packed(m, pack, ("conv", *settings), edit, before)
 
 
 def pack_pixels(m: IslandMatch, edit: Editor, before: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -63,14 +65,23 @@ def pack_pixels(m: IslandMatch, edit: Editor, before: fx.Node) -> tuple[fx.Node,
     def pack(codes: torch.Tensor) -> torch.Tensor:
         return onednn.qlinear_prepack(codes.flatten(1), None)
 
-    return packed(m, pack, edit, before)
+    return packed(m, pack, ("pixels",), edit, before)
 
 
-def packed(m: IslandMatch, pack: Any, edit: Editor, before: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Register ``pack(codes[, scale])`` as a constant derived from the weight's codes and scales."""
+def packed(
+    m: IslandMatch, pack: Callable[..., torch.Tensor], way: Hashable, edit: Editor, before: fx.Node
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Register ``pack(codes[, scale])`` as a constant derived from the weight's codes and scales.
+
+    ``way`` holds all that decides what ``pack`` makes of them: codes packed in the same way are packed once.
+    """
     w = quantized_operands(m)["w"]
     codes = codes_of(m, "w")
     inputs = [codes, w.scale][: pack.__code__.co_argcount]
+    whole = (way, *map(form, inputs))
+    known = edit.derived(whole, like=m.root, before=before)
+    if known is not None:
+        return known, w.scale, w.zero_point
     parts = [expression(node) for node in inputs]
     sources = tuple(name for names, _ in parts for name in names)
 
@@ -83,7 +94,7 @@ def packed(m: IslandMatch, pack: Any, edit: Editor, before: fx.Node) -> tuple[fx
 
     name = f"{str(codes.target) if codes.op == 'get_attr' else codes.name}_packed"
     value = compute(*(get_constant(edit.gm, source) for source in sources))
-    node = edit.constant(name, value, like=m.root, before=before, derived=Derived(sources, compute))
+    node = edit.constant(name, value, like=m.root, before=before, derived=Derived(sources, compute, whole))
     return node, w.scale, w.zero_point
 
 

@@ -45,6 +45,14 @@ return [add]"""
     assert torch.equal(gm(x), before)
 
 
+def test_equal_expressions_become_one_constant() -> None:
+    gm, x = captured(lambda m, x: x @ (m.w * m.v).t() + x @ (m.w * m.v).t() + x @ (m.w * m.v))
+    before = gm(x)
+    assert run_once(FoldConstants(), gm, x) == 3
+    assert [node.target for node in gm.graph.find_nodes(op="get_attr")] == ["folded", "folded", "folded_1"]
+    assert torch.equal(gm(x), before)
+
+
 def test_how_they_follow_from_the_parameters_is_remembered() -> None:
     gm, x = captured(lambda m, x: x @ (m.w * m.v).t())
     run_once(FoldConstants(), gm, x)

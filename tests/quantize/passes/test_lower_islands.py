@@ -74,6 +74,38 @@ def test_a_packed_weight_knows_what_it_was_packed_from() -> None:
     assert not torch.allclose(other, gm(x))
 
 
+class Steps(nn.Module):
+    """Two linears on one input, over and over: siblings that become one GEMM, in a loop that a trace unrolls."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.gate, self.up, self.count = nn.Linear(8, 8), nn.Linear(8, 8), count
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.count):
+            x = self.gate(x).sigmoid() * self.up(x)
+        return x
+
+
+@pytest.mark.parametrize("preset", ["int8_dynamic", "int8_weight_only"])
+def test_a_weight_that_every_step_of_a_loop_reads_is_packed_once(preset: str) -> None:
+    x = torch.randn(3, 8)
+    one, many = (qpass.report(qpass.lower(quantized(Steps(n).eval(), x, config=preset))) for n in (1, 12))  # type: ignore[arg-type]
+    assert one.bytes_after == many.bytes_after
+    assert one.bytes_before == many.bytes_before
+
+
+def test_one_weight_packed_in_two_ways_is_two_constants() -> None:
+    model = Do(lambda m, x: F.linear(x, m.w).relu() @ m.w, w=nn.Parameter(torch.randn(8, 8)))
+    gm = quantized(model, x := torch.randn(3, 8))
+    expected = gm(x)
+    assert LowerIslands(X86).run(gm) == 2
+    packed = {str(n.target) for n in gm.graph.find_nodes(op="get_attr") if "packed" in str(n.target)}
+    assert len(packed) == 2
+    gm.recompile()
+    assert torch.allclose(gm(x), expected, atol=float((expected.max() - expected.min()) / 100))  # codes differ at ties
+
+
 def test_without_kernels_everything_stays_and_says_so() -> None:
     x = torch.randn(4, 16)
     gm = quantized(two_linears(), x)
