@@ -39,7 +39,7 @@ class Kit:
 
 KITS = {
     "torch": Kit(torch_quantization.auto_quantize, torch_quantization.DQuantType),
-    "qpass": Kit(qpass.comm.eager.auto_quantize, qpass.comm.DQuantType),
+    "qpass": Kit(qpass.comm.auto_quantize, qpass.comm.DQuantType),
 }
 
 
@@ -301,7 +301,7 @@ def forms() -> dict[str, str]:
     found = {}
     for name, arguments in calls().items():
         func = getattr(dist, name)
-        compressed = qpass.comm.eager.auto_quantize(func, qpass.comm.DQuantType.FP16)
+        compressed = qpass.comm.auto_quantize(func, qpass.comm.DQuantType.FP16)
         wrong = []
         for positional in range(len(arguments) + 1):
             for async_op in (False, True):
@@ -338,13 +338,13 @@ def gradients() -> dict[str, bool]:
     for name, arguments in calls.items():
         func = getattr(functional, name)
         results = []
-        for run in (func, qpass.comm.eager.auto_quantize(func, qpass.comm.DQuantType.FP16)):
+        for run in (func, qpass.comm.auto_quantize(func, qpass.comm.DQuantType.FP16)):
             leaf = tensor.clone().requires_grad_()
             result = run(leaf, *arguments)
             (result * torch.arange(float(result.numel())).view(result.shape)).sum().backward()
             results.append((result.detach().clone(), leaf.grad))
         found[name] = all(torch.equal(*pair) for pair in zip(*results, strict=True))
-    averaged = qpass.comm.eager.auto_quantize(functional.all_reduce, qpass.comm.DQuantType.FP16)
+    averaged = qpass.comm.auto_quantize(functional.all_reduce, qpass.comm.DQuantType.FP16)
     leaf = tensor.clone().requires_grad_()
     averaged(leaf, "avg", everyone).sum().backward()
     found["average"] = torch.equal(leaf.grad, torch.ones_like(leaf))
@@ -373,7 +373,7 @@ def traceable() -> dict[str, bool]:
     found = {}
     for case, arguments in calls.items():
         name = case.partition(",")[0]
-        eager = qpass.comm.eager.auto_quantize(getattr(dist, name), qpass.comm.DQuantType.INT8)
+        eager = qpass.comm.auto_quantize(getattr(dist, name), qpass.comm.DQuantType.INT8)
         results = []
         for run in (eager, traced(name, qpass.comm.codec("int8"), None, eager)):
             call = arguments()

@@ -52,10 +52,10 @@ def test_graphs_hold_what_eager_calls_do(ranks: list[dict[str, Any]]) -> None:
 
 def test_a_function_that_is_no_collective_is_refused() -> None:
     with pytest.raises(qpass.QpassError, match=r"auto_quantize does not know 'all_gather_object'.*did you mean"):
-        qpass.comm.eager.auto_quantize(dist.all_gather_object, qpass.comm.DQuantType.FP16)
+        qpass.comm.auto_quantize(dist.all_gather_object, qpass.comm.DQuantType.FP16)
 
 
 def test_a_type_by_its_value() -> None:
     assert qpass.comm.DQuantType("int8").codec == qpass.comm.codec("int8")
     with pytest.raises(ValueError, match="int9"):
-        qpass.comm.eager.auto_quantize(dist.all_gather, "int9")  # type: ignore[arg-type]
+        qpass.comm.auto_quantize(dist.all_gather, "int9")  # type: ignore[arg-type]

@@ -15,11 +15,10 @@ import lockstep as send
 import qpass
 from lockstep import lockstep, text, traced, value
 from qpass.backend import qpass_backend
-from qpass.comm import Feedback, Policy
+from qpass.comm import Feedback, Policy, codec
 from qpass.comm.graph import compress as module
 from qpass.comm.graph.compress import CompressCollectives, collectives, compress
 from qpass.comm.graph.decisions import take, unmatched
-from qpass.comm.wire import codec
 from qpass.errors import ConfigError, InputError, StrictError
 
 ALL = Policy("int8", min_bytes=0)

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from qpass.comm import Feedback, Override, Policy
+from qpass.comm import Feedback, Override, Policy, codec
 from qpass.comm.policy.override import Place, Seen
 from qpass.comm.policy.policy import policy
-from qpass.comm.wire import codec
 from qpass.errors import ConfigError
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qpass.comm import Feedback
-from qpass.comm.wire import codec
+from qpass.comm import Feedback, codec
 from qpass.comm.wire import operators as comm
 from qpass.comm.wire.operators import FORMULAS
 from qpass.errors import ConfigError, InputError
