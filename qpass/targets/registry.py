@@ -47,15 +47,14 @@ def get(wanted: str | Target) -> Target:
     Raises:
         ConfigError: no target has this name, with the nearest one; or another target has the name of the given one.
     """
-    known = _installed() | _given
     if isinstance(wanted, Target):
-        other = known.setdefault(wanted.name, wanted)
-        if other is not wanted and other is not _given.get(wanted.name):
+        if _installed().get(wanted.name, wanted) is not wanted:
             raise ConfigError(
                 f"a target named {wanted.name!r} is installed already", hint='give yours a name of its own: name="..."'
             )
         _given[wanted.name] = wanted
         return wanted
+    known = _installed() | _given
     if wanted not in known:
         raise ConfigError(f"unknown target {wanted!r}{near(wanted, known)}", hint=f"use one of {', '.join(known)}")
     return known[wanted]
