@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from torch.fx._pytree import tree_flatten_spec as tree_flatten_spec
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.nn.modules.batchnorm import _NormBase as NormBase
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+    from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
     from torch.utils._pytree import keystr as keystr
     from torch.utils._pytree import tree_flatten as tree_flatten
@@ -91,6 +93,7 @@ HOMES = {
     "OptimizedModule": "torch._dynamo.eval_frame.OptimizedModule",
     "PrefixStore": "torch._C._distributed_c10d.PrefixStore",
     "PythonReferenceAnalysis": "torch.utils._sympy.reference.PythonReferenceAnalysis",
+    "TorchDispatchMode": "torch.utils._python_dispatch.TorchDispatchMode",
     "TracingContext": "torch._guards.TracingContext",
     "V": "torch._inductor.virtualized.V",
     "auto_functionalize": "torch._higher_order_ops.auto_functionalize",
@@ -98,6 +101,7 @@ HOMES = {
     "compile_fx_inner": "torch._inductor.compile_fx.compile_fx_inner",
     "counters": "torch._dynamo.utils.counters",
     "current_graph_task_id": "torch._C._current_graph_task_id",
+    "disable_current_modes": "torch.utils._python_dispatch._disable_current_modes",
     "dispatch_has_kernel": "torch._C._dispatch_has_kernel",
     "dynamo_config": "torch._dynamo.config",
     "enable_python_dispatcher": "torch._dispatch.python.enable_python_dispatcher",

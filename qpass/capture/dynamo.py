@@ -52,7 +52,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoCapt
     Dynamo's shape environment, sub-graphs of ``cond``, ``while_loop`` and ``scan`` are retraced with the rest, dead
     code goes, and ``meta`` keeps ``stack_trace``, ``nn_module_stack`` and ``from_node`` and gains ``val``. The
     constants *are* the user's tensors, not copies. A weight that the graph itself writes to (a running mean) stays a
-    placeholder: it is state, not a constant.
+    placeholder: it is state, not a constant; so does one that shares memory with what the graph writes to.
     """
     example_inputs = real_arguments(example_inputs)
     given = gm.graph.find_nodes(op="placeholder")
@@ -66,14 +66,18 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoCapt
     placeholders = traced.graph.find_nodes(op="placeholder")
     bindings: dict[str, int] = {}
     inputs = []
+    state = {
+        _memory(value) for value, node in zip(example_inputs, placeholders, strict=True)
+        if isinstance(value, Tensor) and _is_written(node)
+    }  # fmt: skip
     for index, (argument, node) in enumerate(zip(given, placeholders, strict=True)):
         value = example_inputs[index]
-        if not _is_weight(value) or _is_written(node):
+        if not _is_weight(value) or _memory(value) in state:
             inputs.append(index)
         elif not node.users:
             traced.graph.erase_node(node)
         else:
-            name = _free_path(traced, _module_path(argument))
+            name = free_name(traced, _module_path(argument))
             _to_constant(traced, node, name, value)
             origins(traced)[name] = bindings[name] = index
     traced.recompile()
@@ -142,6 +146,11 @@ def _is_weight(value: Any) -> bool:
     )
 
 
+def _memory(value: Tensor) -> int:
+    """The identity of a tensor's storage, or its own where it has none."""
+    return value.untyped_storage()._cdata if value.layout == torch.strided else id(value)
+
+
 def _is_written(placeholder: fx.Node) -> bool:
     """Whether the graph writes to the placeholder, directly or through a view."""
     pending, seen = [placeholder], {placeholder}
@@ -174,18 +183,6 @@ def _module_path(argument: fx.Node) -> str:
     path = clean_path(source.name) if source is not None else ""
     words = path.split(".")
     return path if all(word.isidentifier() or word.isdigit() for word in words) else str(argument.target)
-
-
-def _free_path(gm: fx.GraphModule, path: str) -> str:
-    """``path``, numbered where it is taken; flattened where an attribute of ``GraphModule`` stands in its way."""
-    owner: Any = gm
-    for word in path.split(".")[:-1]:
-        owner = getattr(owner, word, None)
-        if owner is not None and not isinstance(owner, torch.nn.Module):
-            return free_name(gm, path.replace(".", "_"))
-        if owner is None:
-            break
-    return free_name(gm, path)
 
 
 def _to_constant(gm: fx.GraphModule, placeholder: fx.Node, name: str, value: Tensor) -> None:

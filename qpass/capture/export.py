@@ -23,6 +23,7 @@ from qpass import torch_private
 from qpass.capture.errors import explain, refuse_autocast, refuse_graph, refuse_model
 from qpass.capture.inputs import example_of, fresh_tensors, is_unpacked, resize_batch, tensors_of
 from qpass.capture.same import same_operators
+from qpass.capture.written import undone
 from qpass.errors import CaptureError, InputError
 from qpass.ir.edit import copy_graph_module, owner_of
 from qpass.ir.guard import guard_inputs, symbol_of
@@ -225,9 +226,9 @@ def _stateless_constants(gm: fx.GraphModule) -> fx.GraphModule:
 def export_model(
     model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], dynamic_shapes: Any, gradients: bool = False
 ) -> ExportedProgram:
-    """``torch.export.export``, with or without gradients, and with errors that name the user's line."""
+    """``torch.export.export``, with or without gradients, without traces in the model, with errors that name a line."""
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients), _quiet():
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients), _quiet(), undone():
             return export(model, args, keywords, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise explain(error, model) from error

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qpass.errors import InputError, QpassError
+from qpass.inspect.unchanged import copied, unchanged
 from qpass.torch_private import tree_leaves
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def sqnr(a: Any, b: Any, inputs: Any, *, nodes: bool = False) -> float | SqnrByN
 
     The sums run in float64 over all tensors of the outputs, whatever pytree holds them, and over all batches. 6 dB are
     one bit; int8 models lie at 20 to 45 dB; ``inf`` means equal, ``-inf`` noise on a reference of zeros. Never ``nan``.
+    Batches follow one another as in use: caches and counters move with them, and are as before at the end. ``inputs``
+    stay as they are, also where a model writes to them.
 
     Args:
         a: the reference, a module or any callable.
@@ -47,13 +50,15 @@ def sqnr(a: Any, b: Any, inputs: Any, *, nodes: bool = False) -> float | SqnrByN
         return sqnr_by_node(a, b, batches(inputs))
     signal = noise = 0.0
     count = 0
-    for batch in batches(inputs):
-        with torch.no_grad():
-            reference, other = (tree_leaves(_call(f, batch)) for f in (a, b))
-        for index, (ref, x) in enumerate(_corresponding(reference, other)):
-            signal += _energy(ref, f"output {index} of the reference")
-            noise += _energy(ref - _finite(x, f"output {index} of the compared model"), f"the noise of output {index}")
-            count += 1
+    with unchanged(a, b):
+        for batch in batches(inputs):
+            with torch.no_grad():
+                reference, other = (tree_leaves(_call(f, copied(batch))) for f in (a, b))
+            for index, (ref, x) in enumerate(_corresponding(reference, other)):
+                signal += _energy(ref, f"output {index} of the reference")
+                compared = _finite(x, f"output {index} of the compared model")
+                noise += _energy(ref - compared, f"the noise of output {index}")
+                count += 1
     if not count:
         raise InputError("there is nothing to compare: no batch, or no tensor in the outputs", hint="pass some inputs")
     if noise == 0:

@@ -21,6 +21,7 @@ from qpass.inspect.matching.match import match
 from qpass.inspect.nodes import NodeView, Snapshot
 from qpass.inspect.render.sqnr_text import html, text
 from qpass.inspect.snapshot import snapshot
+from qpass.inspect.unchanged import copied, unchanged
 
 BLOCK = 1 << 15
 """Values compared at once: their float64 copies stay small."""
@@ -99,14 +100,16 @@ def sqnr_by_node(a: Any, b: Any, batches: list[Any]) -> SqnrByNode:
     before, after = snapshot(left), snapshot(right)
     pairs = _compared(before, after, match(before, after))
     sums: dict[int, list[float]] = {}
-    for batch in batches:
-        with torch.no_grad():
-            for index, ref, x in _in_step(_steps(left, batch), _steps(right, batch), before, after, pairs):
-                signal, noise = _energies(ref, x)
-                total = sums.setdefault(index, [0.0, 0.0])
-                total[0] += signal
-                total[1] += noise
-                del ref, x  # they would live on while the next ones are computed
+    with unchanged(a, left, right):
+        for batch in batches:
+            with torch.no_grad():
+                steps = _steps(left, copied(batch)), _steps(right, copied(batch))
+                for index, ref, x in _in_step(*steps, before, after, pairs):
+                    signal, noise = _energies(ref, x)
+                    total = sums.setdefault(index, [0.0, 0.0])
+                    total[0] += signal
+                    total[1] += noise
+                    del ref, x  # they would live on while the next ones are computed
     reference = {right: left for left, right in pairs.items()}
     ratios = {index: decibels(*energies) for index, energies in sorted(sums.items())}
     inputs = _ratio_of_inputs(after, ratios)

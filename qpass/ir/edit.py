@@ -143,12 +143,27 @@ def set_constant(gm: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def free_name(gm: torch.nn.Module, name: str) -> str:
-    """``name``, or ``name_1``, ``name_2``, ... whichever is not taken and was never a constant's."""
+    """``name``, or ``name_1``, ``name_2``, ... whichever is not taken and was never a constant's.
+
+    Dots become underscores where an attribute of every module stands in the way, as one called ``train`` does.
+    """
+    if not _may_hold(gm, name):
+        name = name.replace(".", "_")
     candidate, number = name, 0
     while _has(gm, candidate) or is_known(gm, candidate):
         number += 1
         candidate = f"{name}_{number}"
     return candidate
+
+
+def _may_hold(gm: torch.nn.Module, name: str) -> bool:
+    """Whether every holder on the way to ``name`` is a module, or may become one."""
+    found: Any = gm
+    for part in name.split(".")[:-1]:
+        found = getattr(found, part, torch.nn.Module())
+        if not isinstance(found, torch.nn.Module):
+            return False
+    return True
 
 
 def _has(gm: torch.nn.Module, name: str) -> bool:

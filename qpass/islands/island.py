@@ -117,7 +117,7 @@ class Island:
     def matches(self, node: fx.Node, fusions: Iterable[tuple[str, ...]], taken: Any = ()) -> Iterator[IslandMatch]:
         """The island rooted at ``node`` with each allowed chain of fused operations behind it, the longest first."""
         core = self.matcher().match(node)
-        if core is None or any(n in taken for n in core.nodes):
+        if core is None or any(n in taken for n in core.nodes) or _takes_a_number(self.operands, core):
             return
         allowed = set(fusions)
         chain: list[tuple[Epilogue, Match]] = []
@@ -139,11 +139,19 @@ class Island:
     def _step(self, user: fx.Node, current: fx.Node) -> tuple[Epilogue, Match] | None:
         for epilogue in self.epilogues:
             found = epilogue.matcher.match(user, {"y": current})
-            if found is not None and list(user.all_input_nodes).count(current) == 1:
+            if found is None or _takes_a_number(epilogue.operands, found):
+                continue
+            if list(user.all_input_nodes).count(current) == 1:
                 others = [value for name, value in found.captures.items() if name != "y"]
                 if current not in others:
                     return epilogue, found
         return None
+
+
+def _takes_a_number(operands: Iterable[str], m: Match) -> bool:
+    """Whether an operand is a number that the graph is given or computes: a factor that a call brings, a size."""
+    values = [m.captures[name].meta.get("val") for name in operands if isinstance(m.captures.get(name), fx.Node)]
+    return any(isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) for value in values)
 
 
 def quantized_operands(m: IslandMatch) -> dict[str, QParams]:

@@ -157,5 +157,6 @@ def refuse_left_in_float(gm: fx.GraphModule) -> None:
 
 def constant_bytes(gm: fx.GraphModule) -> int:
     """Bytes of all parameters and buffers, each counted once."""
-    tensors = {t.data_ptr(): t for t in [*gm.parameters(), *gm.buffers()] if t.layout == torch.strided}
+    every = [t for t in [*gm.parameters(), *gm.buffers()] if t.layout == torch.strided]
+    tensors = {(t.untyped_storage()._cdata, t.storage_offset()): t for t in every}
     return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -81,6 +81,39 @@ def test_state_that_the_graph_writes_is_no_constant() -> None:
         assert {name.rpartition(".")[2] for name in kept} == state
 
 
+def test_what_shares_memory_with_what_the_graph_writes_is_no_constant() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+            self.register_buffer("base", torch.zeros(4, 8))
+            self.register_buffer("row", self.base[1])
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.row.copy_(x[0])
+            return self.fc(self.base)
+
+    model = Rows().eval()
+    captured, arguments = capture(model, torch.randn(4, 8))
+    constants = [arguments[position] for position in captured.bindings.values()]
+    assert {id(tensor) for tensor in constants} == {id(model.fc.weight), id(model.fc.bias)}
+
+
+def test_layers_in_a_dict_may_have_names_that_every_module_has() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = {"train": nn.Linear(8, 8), "parameters": nn.Linear(8, 8)}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.heads["train"](x) + self.heads["parameters"](x)
+
+    model = Heads().eval()
+    captured, _ = capture(model, torch.randn(4, 8))
+    held = [get_constant(captured.graph_module, name) for name in captured.bindings]
+    assert {id(tensor) for tensor in held} == {id(p) for head in model.heads.values() for p in head.parameters()}
+
+
 def test_sizes_stay_symbols_and_floats_are_specialized_where_an_operator_needs_them() -> None:
     captured, _ = capture(Block().eval(), torch.randn(5, 8), dynamic=True)
     graph = captured.graph_module.graph

@@ -114,6 +114,27 @@ def test_rows_that_inductor_lays_out_in_columns_are_copied_for_a_kernel_that_ref
 
 
 @torch.no_grad()
+def test_a_write_shows_in_another_argument_of_the_same_memory() -> None:
+    def twice(m: Any, x: Tensor, row: Tensor) -> Tensor:
+        before = m.a(row)
+        x.mul_(-2)
+        m.row.copy_(before[0])
+        return m.b(row) + m.a(m.base)
+
+    net = model(twice)
+    net.register_buffer("base", torch.ones(4, 16))
+    net.register_buffer("row", net.base[1])
+    x = X.clone()
+    with torch.no_grad():
+        again = X.clone() * -2
+        base = torch.ones(4, 16)
+        base[1] = net.a(X[1:2])[0]
+        expected = net.b(again[1:2]) + net.a(base)
+    assert decibels(expected, torch.compile(net, backend="qpass")(x, x[1:2])) > 35
+    assert torch.equal(x, again)
+
+
+@torch.no_grad()
 def test_a_buffer_that_the_model_writes_is_no_constant() -> None:
     def counted(m: Any, x: Tensor) -> Tensor:
         m.count[:1] += 1.0

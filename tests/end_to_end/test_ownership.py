@@ -75,6 +75,29 @@ def test_loading_into_a_converted_model_leaves_the_float_model_as_it_was() -> No
     assert same(qpass.convert(prepared[0])(x), qpass.convert(qpass.prepare(models[0], (x,), config=WEIGHT_ONLY))(x))
 
 
+@torch.no_grad()
+def test_tensors_that_are_plain_attributes_stay_as_they_were() -> None:
+    class Cache:
+        def __init__(self) -> None:
+            self.keys, self.length = torch.zeros(4, 16), torch.tensor(0)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.cache.length += 2
+        m.cache.keys[1].add_(m.a(x)[0])
+        return m.a(m.cache.keys) * m.cache.length
+
+    net, x = Do(forward, a=nn.Linear(16, 16)).eval(), torch.randn(4, 16)
+    net.cache = Cache()
+    prepared = qpass.prepare(net, (x,), config=WEIGHT_ONLY)
+    prepared(x)
+    quantized = qpass.convert(prepared)
+    assert int(net.cache.length) == 0
+    assert not net.cache.keys.any()
+    for _ in range(2):  # the counter alone would make a factor of two of a trace that left its write behind
+        expected = net(x)
+        assert (expected - quantized(x)).norm() < 0.05 * expected.norm()
+
+
 def test_buffers_that_overlap_do_so_in_the_converted_model() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         m.cache[:4] = x

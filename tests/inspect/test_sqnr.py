@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import qpass
 from qpass.errors import InputError, QpassError
 from qpass.inspect.sqnr import sqnr
+from road import Do
 
 
 def returns(*outputs: object):
@@ -112,3 +114,53 @@ def test_no_gradient_is_recorded() -> None:
 
     sqnr(model, model, (torch.ones(1, requires_grad=True),))
     assert recorded == [False, False]
+
+
+class Writes(nn.Module):
+    """Writes to its input, a buffer, a list of tensors and an attribute that it replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("window", torch.zeros(2, 4))
+        self.kept, self.last = [torch.zeros(4)], None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.add_(1)
+        self.calls += 1
+        self.kept[0].add_(x[0])
+        self.window = torch.roll(self.window, 1, 0) + x[:2]
+        self.last = x.sum() if self.last is None else self.last + x.sum()
+        return self.linear(x) * self.calls + self.kept[0] + self.window.sum() + self.last
+
+
+def test_a_measurement_leaves_models_and_inputs_as_they_were() -> None:
+    model, x = Writes(), torch.ones(3, 4)
+    same = Writes()
+    same.load_state_dict(model.state_dict())
+    buffers = dict(model.named_buffers())
+    for _ in range(2):
+        assert sqnr(model, same, [(x,), (x,)]) == math.inf
+        assert torch.equal(x, torch.ones(3, 4))
+        assert all(buffer is buffers[name] and not buffer.any() for name, buffer in model.named_buffers())
+        assert not model.kept[0].any()
+        assert model.last is None
+
+
+def test_a_measurement_of_nodes_leaves_models_and_inputs_as_they_were() -> None:
+    def counted(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        m.calls.add_(1)
+        y = m.linear(x)
+        x.mul_(2)
+        return y * m.calls
+
+    model, x = Do(counted, linear=nn.Linear(4, 4)).eval(), torch.randn(3, 4)
+    model.register_buffer("calls", torch.zeros(1))
+    quantized = qpass.convert(qpass.prepare(model, (x,), config="int8_weight_only"))
+    before = x.clone()
+    first, second = (sqnr(model, quantized, (x,), nodes=True).worst() for _ in range(2))
+    assert torch.equal(x, before)
+    assert not model.calls.any()
+    assert [found.sqnr for found in first] == [found.sqnr for found in second]
+    assert all(not buffer.any() for name, buffer in quantized.named_buffers() if name == "calls")

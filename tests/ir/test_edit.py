@@ -138,6 +138,14 @@ def test_free_names() -> None:
     assert owner_of(module, "0.weight") == (module[0], "weight")
 
 
+def test_a_free_name_goes_through_no_attribute_that_modules_have() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    for name, free in (("heads.train.weight", "heads_train_weight"), ("0.__dict__.folded", "0___dict___folded")):
+        assert free_name(module, name) == free
+        set_constant(module, free, torch.ones(1))
+        assert free_name(module, name) == f"{free}_1"
+
+
 def test_a_copy_shares_every_tensor_and_no_structure() -> None:
     gm = captured()
     copy = copy_graph_module(gm)

@@ -57,7 +57,7 @@ class InsertObservers(Pass):
     def _insert(
         self, edit: Editor, name: str, source: fx.Node, user: fx.Node, constant: bool, following: fx.Node
     ) -> fx.Node:
-        if source.op == "placeholder":  # an input that the graph does not hold for must not be observed
+        if source.op == "placeholder" and following is not user:  # not before it is known that the graph holds for it
             following = behind_checks(source.graph)
         origin = user if constant or source.op == "placeholder" else source  # an input has no line of its own
         call = edit.module(name, source, like=origin, before=following)
