@@ -182,7 +182,7 @@ def test_the_plan_of_the_house_is_easy_to_read() -> None:
     assert [text for text in paragraphs(ARCHITECTURE) if len(text.splitlines()) > 6] == []
 
 
-@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "SECURITY.md"])
+@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"])
 def test_every_path_of_a_page_is_there(name: str) -> None:
     found = named_paths((ROOT / name).read_text())
     assert found or name != "ARCHITECTURE.md"
