@@ -6,8 +6,11 @@ seconds to import, cost nothing before. Another file that reaches past this one 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from types import CodeType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qpass.errors import VersionError
 
@@ -20,13 +23,15 @@ if TYPE_CHECKING:
     from torch._C import _set_grad_enabled as set_grad_enabled
     from torch._C._distributed_c10d import PrefixStore as PrefixStore
     from torch._C._distributed_c10d import _resolve_process_group as resolve_process_group
+    from torch._C._dynamo.eval_frame import _FrameAction as FrameAction
+    from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
+    from torch._C._dynamo.eval_frame import set_code_exec_strategy as set_code_exec_strategy
     from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped_tensor
     from torch._C._functorch import peek_interpreter_stack as peek_interpreter_stack
     from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
     from torch._dynamo import config as dynamo_config
     from torch._dynamo.compiled_autograd import in_compiled_autograd_region as in_compiled_autograd_region
     from torch._dynamo.eval_frame import OptimizedModule as OptimizedModule
-    from torch._dynamo.eval_frame import skip_code as skip_code
     from torch._dynamo.utils import counters as counters
     from torch._dynamo.utils import get_traced_code as get_traced_code
     from torch._functorch import config as functorch_config
@@ -77,6 +82,8 @@ if TYPE_CHECKING:
     from torch.utils._sympy.interp import sympy_interp as sympy_interp
     from torch.utils._sympy.reference import PythonReferenceAnalysis as PythonReferenceAnalysis
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 CHECKED = ("2.13.0",)
 """The versions of torch on which every name was seen to be there."""
 
@@ -86,6 +93,8 @@ HOMES = {
     "CustomGraphPass": "torch._inductor.custom_graph_pass.CustomGraphPass",
     "FakeTensor": "torch._subclasses.fake_tensor.FakeTensor",
     "FakeTensorMode": "torch._subclasses.fake_tensor.FakeTensorMode",
+    "FrameAction": "torch._C._dynamo.eval_frame._FrameAction",
+    "FrameExecStrategy": "torch._C._dynamo.eval_frame._FrameExecStrategy",
     "HigherOrderOperator": "torch._ops.HigherOrderOperator",
     "NormBase": "torch.nn.modules.batchnorm._NormBase",
     "OpOverload": "torch._ops.OpOverload",
@@ -133,8 +142,8 @@ HOMES = {
     "register_lowering": "torch._inductor.lowering.register_lowering",
     "resolve_process_group": "torch._C._distributed_c10d._resolve_process_group",
     "select_decomp_table": "torch._inductor.decomposition.select_decomp_table",
+    "set_code_exec_strategy": "torch._C._dynamo.eval_frame.set_code_exec_strategy",
     "set_grad_enabled": "torch._C._set_grad_enabled",
-    "skip_code": "torch._dynamo.eval_frame.skip_code",
     "stable_topological_sort": "torch._inductor.pattern_matcher.stable_topological_sort",
     "sympy_interp": "torch.utils._sympy.interp.sympy_interp",
     "trace_log": "torch._logging._internal.trace_log",
@@ -170,3 +179,15 @@ def __getattr__(name: str) -> Any:
         ) from error
     globals()[name] = found
     return found
+
+
+def assume_constant_result(function: Function) -> Function:
+    """What ``torch.compiler.assume_constant_result`` does, which imports Dynamo to do it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def skip_code(code: CodeType) -> None:
+    """Have Dynamo leave the frames of ``code`` to Python, but not what they call, without importing Dynamo."""
+    this = sys.modules[__name__]  # this file's own names are looked up, too
+    this.set_code_exec_strategy(code, this.FrameExecStrategy(this.FrameAction.SKIP, this.FrameAction.DEFAULT))

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from qpass.arithmetic import numerics
 from qpass.arithmetic.grid import check_codes
@@ -76,7 +75,7 @@ def _of_the_whole(
     _check(input, dtype, quant_min, quant_max)
     if quant_min >= quant_max:
         raise InputError(f"quant_min ({quant_min}) must be below quant_max ({quant_max}).")
-    if guard_or_false(input.numel() == 0):
+    if _is_none(input.numel()):
         low = high = input.new_zeros(())
     else:
         low, high = torch.aminmax(numerics.detached(input))
@@ -95,7 +94,7 @@ def _token_range(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, float]
 def _ends(input: Tensor, end: Any) -> Tensor:
     """``end(input, dim=-1, keepdim=True)``, and 0 for rows without elements."""
     input = numerics.detached(input)
-    if input.dim() and guard_or_false(input.shape[-1] == 0):
+    if input.dim() and _is_none(input.shape[-1]):
         return input.new_zeros((*input.shape[:-1], 1))
     found: Tensor = end(input, dim=-1, keepdim=True)
     return found
@@ -109,3 +108,10 @@ def _check(input: Tensor, dtype: torch.dtype, quant_min: Any, quant_max: Any) ->
     check_codes(dtype, quant_min, quant_max)
     if not input.is_floating_point():
         raise InputError(f"Values to quantize are floating point, not {input.dtype}.")
+
+
+def _is_none(number: int) -> bool:
+    """Whether a count is 0; False where a symbolic one may be anything."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy
+
+    return bool(guard_or_false(number == 0))

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass import torch_private
 from qpass.backend.live_constants import pick
 from qpass.backend.session import Communication
-from qpass.torch_private import OptimizedModule, get_traced_code
 
 Weights = tuple[weakref.ref[torch.Tensor], ...]
 
@@ -85,7 +85,7 @@ def remember(
     graph: fx.GraphModule | None, weights: Iterable[torch.Tensor], communication: Communication | None = None
 ) -> Compiled:
     """Keep what is compiled now until the last of its weights is gone, or, where it has none, its code."""
-    code = next(iter(get_traced_code() or ()), None)
+    code = next(iter(torch_private.get_traced_code() or ()), None)
     _COMPILED[:] = [kept for kept in _COMPILED if kept.is_alive]
     read = tuple(weights)
     known = {tuple(map(id, read)): tuple(map(weakref.ref, read))}
@@ -98,7 +98,7 @@ def program_of(called: Any) -> Any:
 
     In place: ``model.compile()``, ``model.forward = torch.compile(model.forward)``, and either for a part of a model.
     """
-    if isinstance(called, OptimizedModule):
+    if isinstance(called, torch_private.OptimizedModule):
         return called._orig_mod
     original = getattr(called, "_torchdynamo_orig_callable", None)
     if original is not None:
@@ -112,7 +112,7 @@ def program_of(called: Any) -> Any:
 def _is_compiled(module: torch.nn.Module) -> bool:
     forward = vars(module).get("forward")
     in_place = module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
-    return in_place or isinstance(module, OptimizedModule)
+    return in_place or isinstance(module, torch_private.OptimizedModule)
 
 
 def compilations(program: torch.nn.Module | Callable[..., Any]) -> list[Compiled]:

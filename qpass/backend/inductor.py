@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +23,10 @@ from qpass.ir.edit import copy_graph_module, get_constant
 from qpass.ir.fake import fake_mode_of
 from qpass.ir.pipeline import is_recorded
 from qpass.ir.regions import operands_of, regions
-from qpass.torch_private import CustomGraphPass, FakeTensorMode, TracingContext, inductor_config
+from qpass.torch_private import FakeTensorMode, TracingContext
+
+if TYPE_CHECKING:
+    from qpass.torch_private import CustomGraphPass
 
 UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
 
@@ -186,7 +189,7 @@ def _patches(packed: Sequence[Tensor], post_grad: Sequence[CustomGraphPass]) -> 
 def _after(post_grad: Sequence[CustomGraphPass]) -> dict[str, Any]:
     if not post_grad:
         return {}
-    configured = inductor_config.post_grad_custom_post_pass or ()
+    configured = torch_private.inductor_config.post_grad_custom_post_pass or ()
     first = configured if isinstance(configured, (list, tuple)) else (configured,)
     # Of a graph that the cache serves there would be nothing to see.
     return {"post_grad_custom_post_pass": [*first, *post_grad], **(UNCACHED if is_recorded() else {})}

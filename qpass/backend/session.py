@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass import torch_private
 from qpass.comm.eager.agreement import agree_on_plan, debug
 from qpass.comm.eager.group import group_of, process_group
-from qpass.comm.graph.compress import CompressCollectives, places_of
 from qpass.comm.graph.decisions import GraphDecisions, take, unmatched
 from qpass.comm.policy.policy import Policy
 from qpass.comm.wire.feedback import Feedback
 from qpass.errors import QpassWarning
-from qpass.torch_private import CompileContext, TracingContext, functorch_config, tree_leaves
+from qpass.torch_private import CompileContext, TracingContext, tree_leaves
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class Communication:
     def __init__(
         self, gm: fx.GraphModule, policy: Policy, strict: bool = False, backward: bool = False, training: bool = False
     ) -> None:
+        from qpass.comm.graph.inductor_pass import CompressCollectives, places_of  # imports Inductor
+
         self.step = CompressCollectives(policy, strict, backward, places_of(gm))
         self.graphs: list[GraphDecisions] = []
         self._remaining = 1 + training
@@ -61,7 +63,8 @@ class Communication:
         """
         take()  # what a compilation that failed has left behind
         # AOTAutograd's cache would serve graphs without `_inner`, which binds them to the feedback.
-        with functorch_config.patch(enable_autograd_cache=False) if self._feedback else contextlib.nullcontext():
+        config = torch_private.functorch_config
+        with config.patch(enable_autograd_cache=False) if self._feedback else contextlib.nullcontext():
             call = compile(self._inner)
         if not self._to_compare:  # nothing was compiled: AOTAutograd's cache had all graphs
             self._remaining = 0
@@ -71,12 +74,10 @@ class Communication:
         return self._compared_first(call) if debug() else call
 
     def _inner(self, gm: Any, example_inputs: Any, **options: Any) -> Any:
-        from qpass.torch_private import compile_fx_inner
-
         take()
         self.step.backward = self._backward or options.get("is_backward", False)
         self.step.gradients = _static_inputs() if options.get("is_backward") else None
-        result = compile_fx_inner(gm, example_inputs, **options)
+        result = torch_private.compile_fx_inner(gm, example_inputs, **options)
         if self._feedback is not None:
             self._bind(result, self._feedback)
         self._remaining = 0 if options.get("is_inference") else self._remaining - 1

@@ -22,7 +22,6 @@ from qpass.ir.record import GRAPH_KEY, GraphRecord
 from qpass.ir.regions import regions
 from qpass.ir.source import is_user_file, where
 from qpass.ir.text import target_name
-from qpass.torch_private import OptimizedModule
 
 _QPASS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
@@ -85,7 +84,7 @@ def refuse_kind(model: Any) -> None:
     kind = type(model).__name__
     if isinstance(model, type):
         raise InputError(f"the model is the class {model.__name__}", hint=f"pass an instance: {model.__name__}(...)")
-    if isinstance(model, OptimizedModule):
+    if isinstance(model, torch_private.OptimizedModule):
         raise InputError(
             "the model is compiled already, and what it is compiled to cannot be quantized",
             hint="prepare the model that torch.compile was given, and compile the converted one",

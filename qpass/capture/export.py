@@ -125,10 +125,9 @@ class FirstBatch(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.built is None:
-            self._build(args, kwargs)
+            torch.compiler.disable(self._build)(args, kwargs)  # as a decorator it would import Dynamo with this file
         return self.captured(*args, **kwargs)
 
-    @torch.compiler.disable
     def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with TRACING:
             if self._pending is not None:  # another thread may have been first

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from qpass.ir.edit import Editor
 
@@ -112,19 +111,27 @@ def is_symbolic(number: int | torch.SymInt) -> bool:
 
 def is_data_dependent(number: int | torch.SymInt) -> bool:
     """Whether a size comes from the contents of a tensor, so that nothing can be asked about it before it runs."""
-    return isinstance(number, torch.SymInt) and bool(free_unbacked_symbols(number))
+    return isinstance(number, torch.SymInt) and _comes_from_data(number)
 
 
 def is_known(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes holds for all that can occur; False where that is not known. Guards nothing."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
     return statically_known_true(condition)
 
 
 def holds(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes holds, as it would for numbers: that guards the graph. `is_known` if from data."""
-    if isinstance(condition, torch.SymBool) and free_unbacked_symbols(condition):
+    if isinstance(condition, torch.SymBool) and _comes_from_data(condition):
         return is_known(condition)
     return bool(condition)
+
+
+def _comes_from_data(value: torch.SymInt | torch.SymBool) -> bool:
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # imports sympy
+
+    return bool(free_unbacked_symbols(value))
 
 
 def _folded(operation: Callable[..., Any], neutral: int, given: Iterable[int | Size]) -> int | Size:

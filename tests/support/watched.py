@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import qpass.comm.graph.compress
 from qpass import comm
+from qpass.comm.graph import inductor_pass
 from qpass.comm.graph.collective import KINDS, is_other_collective, operator_of
 from qpass.ir.record import NodeRecord
 
@@ -35,21 +35,21 @@ class Watch:
         self.before: list[Counter[str]] = []
         self.after: list[Counter[str]] = []
         self.decisions: list[NodeRecord] = []
-        self.original = qpass.comm.graph.compress.compress
+        self.original = inductor_pass.compress
 
         def compress(gm: Any, *args: Any, **kwargs: Any) -> Any:
             self.before.append(counted(gm))
             result = self.original(gm, *args, **kwargs)
             self.after.append(counted(result))
-            self.decisions += qpass.comm.graph.compress.collectives(result)
+            self.decisions += inductor_pass.collectives(result)
             return result
 
-        qpass.comm.graph.compress.compress = compress
+        inductor_pass.compress = compress
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.caches.close()
-        qpass.comm.graph.compress.compress = self.original
+        inductor_pass.compress = self.original
 
 
 def counted(gm: Any) -> Counter[str]:

@@ -13,8 +13,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+from qpass import torch_private
 from qpass.ir.record import NodeRecord
-from qpass.torch_private import counters
 
 PREFIX = "qpass collectives "
 _KEPT = [field.name for field in fields(NodeRecord) if field.name != "compute_dtype"]
@@ -69,13 +69,14 @@ def keep(decisions: GraphDecisions) -> None:
         "records": [{name: getattr(record, name) for name in _KEPT} for record in decisions.records],
         "overrides": decisions.overrides,
     }
-    counters["inductor"][PREFIX + json.dumps(plain)] += 1
+    torch_private.counters["inductor"][PREFIX + json.dumps(plain)] += 1
 
 
 def take() -> list[GraphDecisions]:
     """The decisions of the graphs that were compiled or served since the last call, in their order; taken once."""
-    found = [name for name in counters["inductor"] if name.startswith(PREFIX)]
-    return [_read(name) for name in found for _ in range(counters["inductor"].pop(name))]
+    counters = torch_private.counters["inductor"]
+    found = [name for name in counters if name.startswith(PREFIX)]
+    return [_read(name) for name in found for _ in range(counters.pop(name))]
 
 
 def _read(name: str) -> GraphDecisions:

@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from qpass.comm.eager.statistics import Statistics
 from qpass.comm.policy.cost import Link
@@ -75,6 +74,8 @@ def compress_fsdp(
         ConfigError: error feedback was asked for, or there is no such codec.
         InputError: nothing in `module` is sharded.
     """
+    from torch.distributed.fsdp import FSDPModule  # imports Dynamo
+
     if error_feedback:
         raise ConfigError(
             "FSDP2 has no error feedback: its residuals would need a whole float32 gradient on every rank.",

@@ -52,18 +52,22 @@ class PythonBucket:
 
 
 class PythonReducer:
-    """Counts the parameters that a hook is given one by one."""
+    """Counts the parameters that a hook is given one by one.
+
+    Graphs break at a call of `average`: what the hook keeps and counts is no part of one.
+    """
 
     def __init__(self) -> None:
         self._indices: Any = WeakIdKeyDictionary()
         self._given: set[int] = set()
+        # Here, and not as a decorator, which would import Dynamo with this file.
+        self.average: Any = torch.compiler.disable(self._average)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PythonReducer, ()  # a copy serves other parameters
 
-    @torch.compiler.disable
-    def average(self, hook: Any, group: dist.ProcessGroup | None, gradient: Tensor, parameter: Tensor) -> None:
-        """Have `hook` average a gradient in place. Graphs break here: what the hook keeps and counts is no part of one.
+    def _average(self, hook: Any, group: dist.ProcessGroup | None, gradient: Tensor, parameter: Tensor) -> None:
+        """Have `hook` average a gradient in place.
 
         A step is over when a parameter comes again, so `hook.statistics` count it then.
         """

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from qpass import torch_private
 from qpass.ir.alias import aliased_inputs, written, written_inputs
@@ -172,5 +171,7 @@ def _is_cast(node: fx.Node) -> bool:
 
 def _outermost_first(val: Tensor) -> list[int]:
     """The dimensions by falling stride; among equal ones, those of one element last, as in a contiguous tensor."""
+    from torch.fx.experimental.symbolic_shapes import optimization_hint  # imports sympy
+
     strides, sizes = (list(map(optimization_hint, numbers)) for numbers in (val.stride(), val.shape))
     return sorted(range(val.dim()), key=lambda dim: (-strides[dim], sizes[dim] == 1, dim))

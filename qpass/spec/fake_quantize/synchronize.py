@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import TypeVar
 
-import torch
 from torch import nn
 
+from qpass import torch_private
 from qpass.errors import ConfigError
 from qpass.spec.observers import ObserverBase
 
@@ -44,7 +44,7 @@ def synchronize(module: Module, process_group: object = None) -> Module:
     return module
 
 
-@torch.compiler.assume_constant_result
+@torch_private.assume_constant_result
 def warn_of_unsynchronized() -> None:
     """Say, once, that statistics are gathered on this rank alone although there are others; while tracing, too."""
     from torch import distributed

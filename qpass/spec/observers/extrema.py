@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import pad
 
 from qpass.spec.observers.base import is_eager
@@ -24,6 +23,8 @@ def extrema(x: Tensor, dims: Sequence[int] | None = None) -> tuple[Tensor, Tenso
         low, high: float32, shaped by the other dimensions; ``+inf, -inf`` where there is no finite value.
         left_out: int64 scalar. A float64 value beyond float32's range counts as not finite.
     """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
     dims = tuple(range(x.dim())) if dims is None else tuple(dim % x.dim() for dim in dims)
     # an exported program takes batches of any size, also where the symbol was traced as if it were at least 2
     filled = statically_known_true(x.numel() > 0) and not torch.compiler.is_exporting()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from qpass.spec import QuantizationSpec
 from qpass.spec.observers.base import ObserverBase, check_floating, check_not_transformed, has_values
@@ -42,8 +41,7 @@ class StatisticsObserver(ObserverBase):
             CalibrationError: `x` is not of a floating dtype.
         """
         check_floating(x, self)
-        alone = self.process_group is None
-        if has_values(x, self.batches) and (guard_or_true(x.numel() > 0) or not alone):
+        if has_values(x, self.batches) and (self.process_group is not None or _may_hold(x)):
             check_not_transformed(x, self.batches, self)
             # detached: no gradient from here on, and no grad-mode region in an exported graph
             left_out, seen = self.observe(x.detach())
@@ -66,3 +64,10 @@ class StatisticsObserver(ObserverBase):
     def reset(self) -> None:
         self.batches.zero_()
         self.nonfinite.zero_()
+
+
+def _may_hold(x: Tensor) -> bool:
+    """Whether a tensor may have elements; True for a symbolic size that may be anything."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # imports sympy
+
+    return bool(guard_or_true(x.numel() > 0))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass import torch_private
 from qpass.ir.edit import Editor
 from qpass.ir.rule import require
 from qpass.islands.island import IslandMatch, Specs, codes_of, quantized_operands, uncast
@@ -19,7 +20,6 @@ from qpass.islands.qdq import cast_of, only_quantize
 from qpass.spec import PerChannel, PerTensor, PerToken, QuantizationSpec
 from qpass.targets.target import Kernel, Output
 from qpass.targets.x86.packing import is_symbolic, pack_linear, packed, unsigned
-from qpass.torch_private import force_stride_order
 
 aten = torch.ops.aten
 onednn = torch.ops.onednn
@@ -158,7 +158,7 @@ class Int8WeightOnly(Kernel):
         if val.dim() != 2:
             x = edit.call(aten.reshape.default, x, [-1, columns], **place)
         # the kernel refuses other rows, and Inductor, free to choose a layout, forgets a mere contiguous()
-        x = edit.call(force_stride_order, x, [columns, 1], **place)
+        x = edit.call(torch_private.force_stride_order, x, [columns, 1], **place)
         result = edit.call(aten._weight_int8pack_mm.default, x, codes, scale, **place)
         if val.dim() != 2:
             sizes = [edit.call(aten.sym_size.int, m.x, d, **place) if is_symbolic(s) else s

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from qpass import torch_private
 from qpass.ir.edit import Editor
 from qpass.ir.frame import Pass
 from qpass.ir.sizes import is_data_dependent, is_symbolic
-from qpass.torch_private import PythonReferenceAnalysis, sympy_interp
+
+if TYPE_CHECKING:
+    import sympy
 
 aten = torch.ops.aten
 
@@ -85,7 +87,7 @@ def _computed(expression: sympy.Expr, symbols: list[sympy.Symbol], vals: list[to
     graph = fx.Graph()
     tracer = GraphAppendingTracer(graph)
     inputs = {symbol: fx.Proxy(graph.placeholder(symbol.name), tracer) for symbol in symbols}
-    graph.output(sympy_interp(PythonReferenceAnalysis, inputs, expression).node)
+    graph.output(torch_private.sympy_interp(torch_private.PythonReferenceAnalysis, inputs, expression).node)
     for proxy, val in zip(inputs.values(), vals, strict=True):
         proxy.node.meta["val"] = val
     for node in graph.nodes:
