@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped_tensor
     from torch._C._functorch import peek_interpreter_stack as peek_interpreter_stack
     from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
+    from torch._dynamo import compiled_autograd as compiled_autograd
     from torch._dynamo import config as dynamo_config
-    from torch._dynamo.compiled_autograd import in_compiled_autograd_region as in_compiled_autograd_region
     from torch._dynamo.eval_frame import OptimizedModule as OptimizedModule
     from torch._dynamo.utils import counters as counters
     from torch._dynamo.utils import get_traced_code as get_traced_code
@@ -108,6 +108,7 @@ HOMES = {
     "auto_functionalize": "torch._higher_order_ops.auto_functionalize",
     "compile_fx": "torch._inductor.compile_fx.compile_fx",
     "compile_fx_inner": "torch._inductor.compile_fx.compile_fx_inner",
+    "compiled_autograd": "torch._dynamo.compiled_autograd",
     "counters": "torch._dynamo.utils.counters",
     "current_graph_task_id": "torch._C._current_graph_task_id",
     "disable_current_modes": "torch.utils._python_dispatch._disable_current_modes",
@@ -122,7 +123,6 @@ HOMES = {
     "get_group_size_by_name": "torch.distributed.distributed_c10d._get_group_size_by_name",
     "get_hash_for_files": "torch._inductor.custom_graph_pass.get_hash_for_files",
     "get_traced_code": "torch._dynamo.utils.get_traced_code",
-    "in_compiled_autograd_region": "torch._dynamo.compiled_autograd.in_compiled_autograd_region",
     "inductor_config": "torch._inductor.config",
     "inductor_exc": "torch._inductor.exc",
     "is_amx_tile_supported": "torch.cpu._is_amx_tile_supported",

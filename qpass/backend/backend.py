@@ -143,7 +143,7 @@ class Backend:
             warnings.warn(f"qpass left a compiled graph in float: {why}", QpassWarning, stacklevel=3)
 
     def _communication(self, gm: fx.GraphModule, comm: Policy, training: bool) -> Communication:
-        backward = torch_private.in_compiled_autograd_region
+        backward = torch_private.compiled_autograd.in_compiled_autograd_region
         return Communication(gm, comm, self.strict, backward, training)
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd.graph import register_multi_grad_hook
 
 from qpass import torch_private
 from qpass.comm.eager.agreement import agree_on_plan, debug
@@ -31,9 +32,10 @@ class Communication:
     """The decisions of compiling ``gm``, as its graphs become known: at once, but for a backward compiled later.
 
     Each is a line of the log. What the policy wants and the rules decline is a warning; so are overrides that match
-    nothing, and, once all graphs are known, that none of them has a collective. With `qpass.comm.debug` the ranks
-    compare their decisions before the graph runs. Graphs of a training step run with the policy's feedback, where it
-    has one, for the parameters of their first run alone.
+    nothing, and, once all graphs are known, that none of them has a collective. The ranks compare their decisions
+    before a graph first runs, where the policy says that they run the same programs (`join`); with `qpass.comm.debug`
+    always, also when a frame is compiled again. Graphs of a training step run with the policy's feedback, where it has
+    one, for the parameters of their first run alone.
 
     Attributes:
         graphs: the decisions, graph by graph.
@@ -52,13 +54,14 @@ class Communication:
         self._feedback = policy.feedback if training or backward else None  # inference has no gradients
         compile_id = CompileContext.current_compile_id()
         self._frame = compile_id.frame_id if compile_id is not None else object()  # recompilations share it
+        self._compares = policy.join and _is_first(compile_id)
         self._to_compare: list[GraphDecisions] = []
 
     def compiled(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., Any]:
         """The result of ``compile(inner)``, where ``inner`` stands in for Inductor's ``compile_fx_inner``.
 
         Raises, when it is called:
-            AgreementError: the ranks have decided differently, and `qpass.comm.debug` is on; on every rank.
+            AgreementError: the ranks have decided differently; on every rank.
             ConfigError: it sends with error feedback, and is given other parameters than at first.
         """
         take()  # what a compilation that failed has left behind
@@ -71,7 +74,7 @@ class Communication:
             self._add(take() or [GraphDecisions(self._backward)])
         self._is_running = True
         call = call if self._feedback is None else self._checked(call, self._feedback)
-        return self._compared_first(call) if debug() else call
+        return self._compared_first(call) if self._compares or debug() else call
 
     def _inner(self, gm: Any, example_inputs: Any, **options: Any) -> Any:
         take()
@@ -83,7 +86,7 @@ class Communication:
         self._remaining = 0 if options.get("is_inference") else self._remaining - 1
         self._add(take() or [GraphDecisions(self.step.backward)])
         if self._is_running:  # a backward, compiled when it is first needed
-            self._compare()
+            self._compare(self._to_compare)
         return result
 
     def _bind(self, result: Any, feedback: Feedback) -> None:
@@ -125,19 +128,34 @@ class Communication:
 
     def _compared_first(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def compared(*arguments: Any) -> Any:
-            self._compare()
-            return call(*arguments)
+            if not self._to_compare:
+                return call(*arguments)
+            self._compare([each for each in self._to_compare if each.backward == self._backward])
+            result = call(*arguments)
+            if self._to_compare:  # a backward that is known already, where other ranks compile theirs when they need it
+                found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+                register_multi_grad_hook(found, lambda _: self._compare(self._to_compare), mode="any")
+            return result
 
         return compared
 
-    def _compare(self) -> None:
-        plans: dict[str, list[str]] = {}
-        for decisions in self._to_compare if debug() else ():
-            for name, lines in decisions.plans().items():
-                plans.setdefault(name, []).extend(lines)
+    def _compare(self, found: list[GraphDecisions]) -> None:
+        """One exchange for each group that the graphs ``found`` send on; what agrees is not compared again."""
+        plans: dict[str, list[tuple[str, str]]] = {}
+        for decisions in found if self._compares or debug() else ():
+            for name, entries in decisions.plans().items():
+                plans.setdefault(name, []).extend(entries)
         for name in sorted(plans):  # in one order on all ranks, for each waits for the others
             agree_on_plan(group_of(process_group(name)), plans[name])
-        self._to_compare = []
+        self._to_compare = [each for each in self._to_compare if each not in found]
+
+
+def _is_first(compile_id: Any) -> bool:
+    """Whether all ranks compile this when they first run it: later each does when its own inputs ask for it.
+
+    Compiled autograd has a frame for each of its graphs, and a graph for each form of its inputs.
+    """
+    return compile_id is not None and compile_id.frame_compile_id == 0 and not compile_id.compiled_autograd_id
 
 
 def conclusions(communications: Sequence[Communication]) -> list[str]:

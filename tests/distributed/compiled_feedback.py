@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.distributed import _functional_collectives as funcol
+from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
@@ -44,6 +45,10 @@ def check_mean(sums: Tensor, exact: Tensor) -> None:
     assert mean < once - 20  # the last residual, a 32nd of it, is at -30 dB to the error of one
 
 
+def residuals(feedback: comm.Feedback) -> dict[str, Tensor]:
+    return feedback.state_dict()[f"rank {dist.get_rank()}"]["residuals"]
+
+
 def in_pieces(rank: int, world: int) -> None:
     """Terms that are known, sent in pieces: bit for bit what the definition gives, for three steps.
 
@@ -69,7 +74,7 @@ def in_pieces(rank: int, world: int) -> None:
             assert torch.equal(shard.grad.view(-1), sum(term[rank, :385] for term in terms))
             shard.grad = None
     comm.graph.pieces.CHUNK = comm.eager.schedule.CHUNK
-    (kept,) = feedback.state_dict().values()
+    (kept,) = residuals(feedback).values()
     assert torch.equal(kept.view(world, 512), residual)
     kernel = "all_to_all of int4:32:bf16 with error feedback, summed, in 4 pieces"
     assert watch.decisions[1].kernel == kernel
@@ -95,16 +100,115 @@ def ddp_under_compiled_autograd(rank: int, world: int) -> None:
             step()
             found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert len(watch.decisions) == 1
-    assert " with error feedback, summed" in watch.decisions[0].kernel
+    assert " with error feedback, summed" in watch.decisions[0].kernel, watch.decisions
     is_two_shot = world > 2
     assert sum(watch.after, Counter()) == {"all_gather uint8": 1} | ({"all_to_all uint8": 1} if is_two_shot else {})
-    assert list(feedback.state_dict()) == ["0/output_0"] + ["0/output_0_sum"] * is_two_shot
+    assert list(residuals(feedback)) == ["0/output_0"] + ["0/output_0_sum"] * is_two_shot
     y = 2 * model(x).detach()
     expected = torch.cat([(y.t() @ x).flatten(), y.sum(0)]) / world
     dist.all_reduce(expected)
     check_mean(torch.stack(found), expected)
     sums = everywhere(torch.stack(found))
     assert all(torch.equal(other, sums[0]) for other in sums)
+
+
+class Averaged(torch.autograd.Function):
+    """The same on all ranks, with the average of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return funcol.all_reduce(gradient, "avg", dist.group.WORLD)
+
+
+class Sums:
+    """A shard whose gradient is a sum of all ranks' terms, and a copy whose gradient is their average, both known.
+
+    What is applied, what the ranks keep, and what all sums should have been are float64, in units of the loss.
+    """
+
+    def __init__(self, dtype: torch.dtype, scaler: torch.amp.GradScaler, accumulated: int) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.dtype, self.scaler, self.accumulated = dtype, scaler, accumulated
+        self.shard, self.copy = nn.Parameter(value(5, 11, 35).to(dtype)), nn.Parameter(value(6, 20, 40).to(dtype))
+        self.feedback = comm.Feedback(scaler)
+        self.loss = torch.compile(self._loss, backend="qpass", options=fed(self.feedback), fullgraph=True)
+        self.applied, self.true = (torch.zeros(385 + 800, dtype=torch.float64) for _ in range(2))
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        gathered = funcol.all_gather_tensor_autograd(self.shard, 0, dist.group.WORLD)
+        return (gathered * x).sum() + (Averaged.apply(self.copy) * y).sum()
+
+    def step(self, number: int, overflows: bool = False) -> None:
+        scale = self.scaler.get_scale()
+        self.shard.grad = self.copy.grad = None
+        true = torch.zeros_like(self.true)
+        for part in range(self.accumulated):
+            seed = 100 * number + 10 * part + self.rank
+            x, y = value(seed, self.world * 11, 35).to(self.dtype), value(seed, 20, 40).to(self.dtype)
+            of_shard, of_copy = x.double(), y.double()
+            dist.all_reduce(of_shard)
+            dist.all_reduce(of_copy)
+            true += torch.cat([of_shard.view(self.world, 385)[self.rank], of_copy.flatten() / self.world])
+            if overflows and self.rank == 0:
+                x[0, 0] = y[3, 3] = math.inf
+            (self.loss(x, y) * scale).backward()
+        assert self.shard.grad is not None
+        assert self.copy.grad is not None
+        parameter = nn.Parameter(torch.zeros(1))  # another one of the model
+        optimizer = torch.optim.SGD([parameter], 0.0)
+        self.scaler.scale(parameter.sum() * (math.inf if overflows else 1.0)).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        if not overflows:
+            self.true += true
+            self.applied += torch.cat([self.shard.grad.flatten(), self.copy.grad.flatten()]).double() / scale
+
+    def kept(self) -> Tensor:
+        found = {("cast" in name, len(one)): one.double() for name, one in residuals(self.feedback).items()}
+        of_shard, of_copy = found[False, 1024], found[False, 800]  # 385 elements are 4 rows of 128
+        dist.all_reduce(of_shard)
+        dist.all_reduce(of_copy)
+        kept = torch.cat([of_shard.view(self.world, 512)[self.rank, :385], of_copy / self.world])
+        if self.dtype is not torch.float32:
+            kept += torch.cat([found[True, 385], found[True, 800]])
+        return kept
+
+
+def nothing_is_lost(folder: str) -> dict[str, float]:
+    """The share of the true sums that is neither applied nor kept, where a hundredth of them is kept at least."""
+    found = {}
+    for dtype, accumulated in ((torch.float32, 2), (torch.bfloat16, 1)):
+        factors: dict[str, Any] = {"growth_factor": 4.0, "backoff_factor": 2.0**-5, "growth_interval": 2}
+        sums = Sums(dtype, torch.amp.GradScaler("cpu", 2.0**8, **factors), accumulated)
+        for step in range(7):
+            sums.step(step, overflows=step in (2, 6))
+        kept = sums.kept()
+        assert kept.norm() > 1e-2 * sums.true.norm()
+        found[str(dtype)] = float((sums.true - sums.applied - kept).norm() / sums.true.norm())
+    through_a_checkpoint(sums, folder)
+    return found
+
+
+def through_a_checkpoint(sums: Sums, folder: str) -> None:
+    """`torch.distributed.checkpoint` keeps the residuals of each rank."""
+    saved, mine = sums.feedback.state_dict(), residuals(sums.feedback)
+    checkpoint.save({"feedback": saved}, checkpoint_id=folder)
+    sums.step(7)
+    template = {"feedback": sums.feedback.state_dict()}
+    assert not any(torch.equal(residual, mine[name]) for name, residual in residuals(sums.feedback).items())
+    checkpoint.load(template, checkpoint_id=folder)
+    sums.feedback.load_state_dict(template["feedback"])
+    assert all(torch.equal(residual, mine[name]) for name, residual in residuals(sums.feedback).items())
+    with pytest.raises(ConfigError, match=r"The state is of 4 ranks, and this run has 2\."):
+        sums.feedback.load_state_dict({**saved, "ranks": 4})
+    empty = {"feedback": comm.Feedback().state_dict()}
+    checkpoint.load(empty, checkpoint_id=folder)
+    with pytest.raises(ConfigError, match=f"The state is of {len(mine)} residuals, and holds 0"):
+        sums.feedback.load_state_dict(empty["feedback"])
 
 
 class Training:
@@ -162,7 +266,7 @@ def trained(folder: str) -> dict[str, Any]:
     for part, weight in zip(parts, weights, strict=True):
         dist.reduce_scatter_tensor(part, weight.grad, op=dist.ReduceOp.AVG)
     check_mean(found, torch.cat([part.flatten() for part in parts]))
-    names = list(training.feedback.state_dict())
+    names = list(residuals(training.feedback))
     training.feedback.reset()
     training.run(0, 3)
     training.save()
@@ -183,6 +287,7 @@ def resumed(folder: str) -> dict[str, Any]:
 def everything(folder: str) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     found = trained(folder)
+    found["missing"] = nothing_is_lost(f"{folder}/checkpoint")
     in_pieces(rank, world)
     ddp_under_compiled_autograd(rank, world)
     return found

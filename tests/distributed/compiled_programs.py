@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -167,7 +170,10 @@ def ddp_under_compiled_autograd(rank: int, world: int) -> None:
 
 
 def ranks_that_decide_differently(rank: int, world: int) -> None:
-    """In debug mode different options are an error on every rank before a byte is sent, at every call."""
+    """Different options are an error on every rank before a byte is sent, at every call; once agreed, none asks again.
+
+    A rank whose backward comes from a cache has its plan before the others, and compares it when they have theirs.
+    """
     model = nn.Linear(64, 40, bias=False)
 
     def loss(x: Tensor) -> Tensor:
@@ -179,32 +185,51 @@ def ranks_that_decide_differently(rank: int, world: int) -> None:
         return torch.compile(loss, backend="qpass", options={"comm": policy})
 
     x, same = value(rank, 8, 64), comm.Policy("int8", min_bytes=0)
+    different = comm.Policy(("int8", "int4")[rank], min_bytes=0)
+    step = compiled(different)
+    for _ in range(2):
+        with pytest.raises(AgreementError) as raised:
+            step(x)
+        said = str(raised.value)
+        assert "The ranks have compiled different plans" in said
+        assert "collective 0: rank 0 has 'all_gather: all_gather of int8:128:bf16: " in said
+        assert "rank 1 has 'all_gather: all_gather of int4:32:bf16: " in said
+        assert "a policy with join=False is for groups whose ranks run different programs" in said
+    late = compiled(same.override((None, "int4")[rank], backward=True))(x)  # the gather is the same on both
+    with pytest.raises(AgreementError, match="reduce_scatter: sent plain: override 0 of the policy"):
+        late.backward()
+    if rank == 0:  # one compiles, the other calls something else
+        with pytest.raises(AgreementError, match="rank 0 has 'compiled graph', rank 1 has 'all_reduce'"):
+            compiled(comm.Policy("int6", min_bytes=0))(x)
+    else:
+        with pytest.raises(AgreementError, match="rank 0 has 'compiled graph', rank 1 has 'all_reduce'"):
+            comm.all_reduce(torch.ones(10))
+
+    def exchanges(call: Callable[[], Any]) -> int:
+        group = comm.eager.group.group_of(None)
+        before = group.agreements
+        call()
+        return group.agreements - before
+
+    step = compiled(same)
+    assert exchanges(lambda: step(x).backward()) == 2  # the forward's plan, and the backward's
+    assert exchanges(lambda: step(x).backward()) == 0
+    wider = value(rank, 9, 64)
+    assert exchanges(lambda: step(wider).backward()) == 0  # compiled again, as one rank alone might have to
     comm.debug(True)
     try:
-        step = compiled(comm.Policy(("int8", "int4")[rank], min_bytes=0))
-        for _ in range(2):
-            with pytest.raises(AgreementError) as raised:
-                step(x)
-            said = str(raised.value)
-            assert "The ranks have compiled different plans" in said
-            assert "collective 0: rank 0 has 'all_gather: all_gather of int8:128:bf16: " in said
-            assert "rank 1 has 'all_gather: all_gather of int4:32:bf16: " in said
-        late = compiled(same.override((None, "int4")[rank], backward=True))(x)  # the gather is the same on both
-        with pytest.raises(AgreementError, match="reduce_scatter: sent plain: override 0 of the policy"):
-            late.backward()
-        if rank == 0:  # one compiles, the other calls something else
-            with pytest.raises(AgreementError, match="rank 0 has 'compiled graph', rank 1 has 'all_reduce'"):
-                compiled(comm.Policy("int6", min_bytes=0))(x)
-        else:
-            with pytest.raises(AgreementError, match="rank 0 has 'compiled graph', rank 1 has 'all_reduce'"):
-                comm.all_reduce(torch.ones(10))
-        step = compiled(same)
-        step(x).backward()
-        agreements = comm.eager.group.group_of(None).agreements
-        step(x).backward()
-        assert comm.eager.group.group_of(None).agreements == agreements  # before the first step only
+        assert exchanges(lambda: step(x.clone().requires_grad_()).backward()) == 2  # and again
     finally:
         comm.debug(False)
+    apart = compiled(replace(same, join=False))
+    assert exchanges(lambda: apart(x)) == 0
+    with torch._functorch.config.patch(enable_autograd_cache=rank == 0):
+        cached = compiled(same)
+        counters.clear()
+        assert exchanges(lambda: cached(x)) == 1
+        late = cached(x)
+        assert counters["aot_autograd"]["autograd_cache_hit"] == (rank == 0)
+        assert exchanges(late.backward) == 1
 
 
 def many_ranks(rank: int, world: int) -> None:

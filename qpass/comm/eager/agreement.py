@@ -8,8 +8,10 @@ way: a rank that waits for a header can never take a payload for it. Later calls
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
@@ -24,10 +26,27 @@ _SAME_CALLS = "make the same calls in the same order on all ranks; qpass.comm.de
 WARNS_AFTER, PATIENCE = 10.0, 300.0
 """Seconds in which a rank that has no such settings is suspected, and given up: much less than torch's half hour."""
 
+COMPILES_FOR = 60.0
+"""Seconds that a rank may compile longer than others before they say that they wait for it."""
+
+_SAME_PROGRAM = (
+    "compile the same program with the same options on all ranks of the group; a policy with join=False is for groups "
+    "whose ranks run different programs"
+)
+
 _MISSING = "Not all ranks made the call"
 
 VERSION = 1
 """Of payloads and schedules: raised with any change that makes the bytes mean something else."""
+
+
+@dataclass(frozen=True)
+class Silence:
+    """What a rank may lack that says nothing, and after how many seconds the others say so and give it up."""
+
+    hint: str
+    warns_after: float
+    patience: float
 
 
 @dataclass(frozen=True)
@@ -69,8 +88,10 @@ def agree(group: Group, header: Header, *, sends: list[int] | None = None, recei
     group.agreed.add(header)
 
 
-def agree_on_plan(group: Group, plan: list[str]) -> None:
-    """Return once all ranks have the same plan for the group: one line for each collective of a compiled graph.
+def agree_on_plan(group: Group, plan: list[tuple[str, str]]) -> None:
+    """Return once all ranks have the same plan for the group: for each collective of a graph what goes, and how much.
+
+    How much is "" where a graph does not say it: that fits whatever the others have.
 
     Raises:
         AgreementError: on every rank, where two plans differ, or a rank said nothing until the timeout.
@@ -78,15 +99,19 @@ def agree_on_plan(group: Group, plan: list[str]) -> None:
     if dist.get_backend(group.process_group) == "fake":  # the other ranks are imagined
         return
     header = Header("compiled graph", codec="", numel=0, dtype="")
-    plans = [said["plan"] for said in _same_call(group, header, {"plan": plan})]
+    silence = Silence(_SAME_PROGRAM, COMPILES_FOR, math.inf)
+    plans = [said["plan"] for said in _same_call(group, header, {"plan": plan}, silence)]
     differing = [
-        f"collective {place}: " + ", ".join(f"rank {rank} has {line!r}" for rank, line in enumerate(lines))
-        for place, lines in enumerate(zip_longest(*plans, fillvalue="none"))
-        if len(set(lines)) > 1
+        f"collective {place}: " + ", ".join(f"rank {rank} has {_line(entry)!r}" for rank, entry in enumerate(entries))
+        for place, entries in enumerate(zip_longest(*plans, fillvalue=("none", "")))
+        if len({what for what, _ in entries}) > 1 or len({much for _, much in entries if much}) > 1
     ]
     if differing:
-        hint = "compile the same program with the same options on all ranks of the group"
-        raise _error(header, group, "The ranks have compiled different plans", differing, hint)
+        raise _error(header, group, "The ranks have compiled different plans", differing, _SAME_PROGRAM)
+
+
+def _line(entry: Sequence[str]) -> str:
+    return ": ".join(filter(None, entry))
 
 
 def agree_on_settings(group: Group, header: Header, hint: str) -> None:
@@ -95,7 +120,7 @@ def agree_on_settings(group: Group, header: Header, hint: str) -> None:
     Raises:
         AgreementError: on every rank, where two differ, or a rank said nothing for `PATIENCE` or until the timeout.
     """
-    _same_call(group, header, {}, hint)
+    _same_call(group, header, {}, Silence(hint, WARNS_AFTER, PATIENCE))
 
 
 def refuse(group: Group, why: QpassError) -> None:
@@ -108,8 +133,8 @@ def refuse(group: Group, why: QpassError) -> None:
 def debug(enabled: bool | None = None) -> bool:
     """Whether every call is compared, not only the first of its kind; `enabled` switches it, on all ranks alike.
 
-    Decisions about the collectives of a compiled graph are compared before its first step in any case, and while this
-    is on also when a frame is compiled again.
+    Decisions about the collectives of a compiled graph are compared before its first step in any case, unless the
+    policy says ``join=False``; while this is on also then, and when a program is compiled again for other inputs.
     """
     global _debug
     if enabled is not None:
@@ -120,7 +145,9 @@ def debug(enabled: bool | None = None) -> bool:
 _debug = False
 
 
-def _same_call(group: Group, header: Header, more: dict[str, Any], absent: str = "") -> list[dict[str, Any]]:
+def _same_call(
+    group: Group, header: Header, more: dict[str, Any], absent: Silence | None = None
+) -> list[dict[str, Any]]:  # fmt: skip
     """What every rank said, and ``more`` that it sent with it, where all are about to make the call of the header."""
     group.calls += 1
     said = {"version": VERSION, "order": group.calls, **asdict(header)}
@@ -141,7 +168,7 @@ def _same_call(group: Group, header: Header, more: dict[str, Any], absent: str =
     return headers
 
 
-def _exchange(group: Group, header: Header, sent: dict[str, Any], absent: str) -> list[dict[str, Any]]:
+def _exchange(group: Group, header: Header, sent: dict[str, Any], absent: Silence | None) -> list[dict[str, Any]]:
     number = _post(group, sent)
     keys = [f"{number}/{rank}" for rank in range(group.world)]
     try:
@@ -156,7 +183,7 @@ def _exchange(group: Group, header: Header, sent: dict[str, Any], absent: str) -
     return headers
 
 
-def _wait(group: Group, header: Header, number: int, absent: str) -> None:
+def _wait(group: Group, header: Header, number: int, absent: Silence | None) -> None:
     """Return once all ranks have posted; ``absent`` is what to do about a rank that may never.
 
     It asks again and again: a client of the store serves one thread at a time, so one that waited in it would keep
@@ -165,7 +192,8 @@ def _wait(group: Group, header: Header, number: int, absent: str) -> None:
     start = time.monotonic()
     pause, asks = 1e-4, start + 0.25  # when to ask for dead ranks
     timeout = group.timeout.total_seconds()
-    ends, warns = start + (min(timeout, PATIENCE) if absent else timeout), start + WARNS_AFTER
+    ends = start + (min(timeout, absent.patience) if absent else timeout)
+    warns = start + absent.warns_after if absent else math.inf
     while silent := [rank for rank in range(group.world) if not group.store.check([f"{number}/{rank}"])]:
         now = time.monotonic()
         if now >= asks:
@@ -176,10 +204,10 @@ def _wait(group: Group, header: Header, number: int, absent: str) -> None:
         if absent and now >= warns:
             warns = ends
             note = f"{header.collective} waits for ranks {silent} of group {group.name!r} since {now - start:.0f} s"
-            warnings.warn(f"{note}; if they have none, {absent}", stacklevel=2)
+            warnings.warn(f"{note}; if they have none, {absent.hint}", stacklevel=2)
         if now >= ends:
             details = [f"rank {rank} said nothing for {now - start:.0f} s" for rank in silent]
-            raise _error(header, group, _MISSING, details, absent or _SAME_CALLS)
+            raise _error(header, group, _MISSING, details, absent.hint if absent else _SAME_CALLS)
         time.sleep(pause)
         pause = min(1.5 * pause, 0.02)
 

@@ -113,7 +113,7 @@ def as_bucket(edit: Editor, found: Coalesced, wire: WireFormat) -> fx.Node:
     bucket = edit.call(aten.reshape.default, edit.call(aten.cat.default, padded, 1, **here), [-1], **here)
     _, target = COALESCED[node.target]
     issue = edit.call(target, bucket, *node.args[1:], **here)
-    issue.meta |= {SENT_KEY: found.numel, WORLD_KEY: world}
+    issue.meta |= {SENT_KEY: found.numel * found.dtype.itemsize, WORLD_KEY: world}
     first = min(found.waits.values())
     result = edit.call(WAIT, issue, like=first, before=first)
     rows = world if found.kind == "all_gather" else 1

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-import qpass.comm.wire.feedback  # noqa: F401  (registers the operators)
+import qpass.comm.wire.fed_rounding  # noqa: F401  (registers the operators)
 from qpass.comm.wire.format import WireFormat, parse
 from qpass.ir.edit import Editor
 from qpass.ir.match import normalized
@@ -28,7 +28,7 @@ from qpass.torch_private import is_contiguous_or_false
 aten, wire_ops = torch.ops.aten, torch.ops.qpass
 
 ENCODE = wire_ops.encode.default
-ENCODE_FED = wire_ops.encode_fed.default
+ENCODE_FED, CAST_FED = wire_ops.encode_fed.default, wire_ops.cast_fed.default
 ENCODERS = (ENCODE, ENCODE_FED)
 DECODE = wire_ops.decode.default
 DECODE_REDUCE = wire_ops.decode_reduce.default

@@ -46,7 +46,7 @@ PARTS_KEY = "qpass_parts"
 
 
 SENT_KEY = "qpass_sent"
-"""``meta`` key on a collective that stands for another one: the elements that one would have sent."""
+"""``meta`` key on a collective that stands for another one: the bytes that one would have sent."""
 
 
 UNFED_KEY = "qpass_unfed"

@@ -10,6 +10,7 @@ are as they were then.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -17,6 +18,7 @@ from qpass import torch_private
 from qpass.ir.record import NodeRecord
 
 PREFIX = "qpass collectives "
+_SYMBOL = re.compile(r"\b[suz][a-z]*\d+\b")
 _KEPT = [field.name for field in fields(NodeRecord) if field.name != "compute_dtype"]
 
 
@@ -39,16 +41,18 @@ class GraphDecisions:
             f"{direction}{r.op} of {r.module or r.line}: {r.kernel or 'sent plain'}: {r.reason}" for r in self.records
         ]
 
-    def plans(self) -> dict[str, list[str]]:
-        """Name of a process group -> what its ranks must have decided alike: lines without places in the source.
+    def plans(self) -> dict[str, list[tuple[str, str]]]:
+        """Name of a process group -> what its ranks must have decided alike: what goes, and its bytes or a reason.
 
-        The bytes of an all_to_all are left out: each rank may send others.
+        The latter is "" for an all_to_all, of which each rank may send other bytes, and where sizes are symbolic, as
+        another rank may have compiled for a number.
         """
-        found: dict[str, list[str]] = {}
+        found: dict[str, list[tuple[str, str]]] = {}
         for r in self.records:
             if r.group:
-                reason = "" if r.op == "all_to_all" and r.outcome == "lowered" else f": {r.reason}"
-                found.setdefault(r.group, []).append(f"{r.op}: {r.kernel or 'sent plain'}{reason}")
+                differs = (r.op == "all_to_all" and r.outcome == "lowered") or _SYMBOL.search(r.reason)
+                what = f"{r.op}: {r.kernel or 'sent plain'}"
+                found.setdefault(r.group, []).append((what, "" if differs else r.reason))
         return found
 
 

@@ -6,7 +6,7 @@
 
 ``parts`` is 1 where every rank gets the same (an all_gather), else the ranks (an all_to_all of equal parts). A piece is
 some of the rows of every part, so codes, scales and values are those of the whole tensor sent at once, bit for bit.
-``state`` names the residual of what is sent with error feedback (`qpass.comm.wire.feedback`), else it is "".
+``state`` names the residual of what is sent with error feedback (`qpass.comm.wire.fed_rounding`), else it is "".
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from qpass.comm.eager.schedule import CHUNK, CHUNKS
-from qpass.comm.wire.feedback import encode_fed_into, residual_of
+from qpass.comm.wire.fed_rounding import encode_fed_into
+from qpass.comm.wire.feedback import Residual, residual_of
 from qpass.comm.wire.format import WireFormat, parse
 from qpass.comm.wire.operators import decode_into, decode_reduce_into, encode_into
 
@@ -53,7 +54,8 @@ def send_pieces(
     """Code piece after piece and start its transfer; ``x`` may be overwritten as soon as this returns."""
     wire, functional = parse(form), torch.ops._c10d_functional
     sources = x.detach().reshape(parts, -1)
-    residuals = residual_of(state, x).view(parts, -1) if state else [None] * parts
+    found = residual_of(state, x) if state else None
+    residuals = [None] * parts if found is None else [Residual(one, found.unit) for one in found.values.view(parts, -1)]
     received = []
     for start, stop in _elements(sources.shape[1], pieces, wire):
         size = wire.payload_bytes(stop - start)
@@ -63,7 +65,7 @@ def send_pieces(
             if residual is None:
                 encode_into(source[cut], own, wire)
             else:
-                encode_fed_into(source[cut], residual[cut], own, wire)
+                encode_fed_into(source[cut], Residual(residual.values[cut], residual.unit), own, wire)
         if parts == 1:
             received.append(functional.all_gather_into_tensor(payload, world, group))
         else:

@@ -95,7 +95,7 @@ def wait_for(edit: Editor, issue: fx.Node, *, like: fx.Node, before: fx.Node) ->
 def saved(collective: Collective, payload: fx.Node) -> str:
     """What went instead of what, in words: bytes, as far as sizes are known, and why it is not fed back."""
     values, codes = collective.x.meta["val"], payload.meta["val"]
-    before = collective.node.meta.get(SENT_KEY, values.numel()) * values.element_size()
+    before = collective.node.meta.get(SENT_KEY, values.numel() * values.element_size())
     after = codes.numel() * codes.element_size()
     why = collective.node.meta.get(UNFED_KEY)
     note = f"; no error feedback: {why}" if why else ""

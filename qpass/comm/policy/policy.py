@@ -55,10 +55,12 @@ class Policy:
             over the tensor where a neighbour is elementwise, and makes Inductor compile each anew: a training step
             takes two to three times as long to compile. Otherwise graphs call kernels that were compiled once.
         join: send small payloads of a compiled graph together, where none depends on another. Which ones those are is
-            read off the graph: switch it off where the ranks of one group run different programs.
+            read off the graph, so the ranks of a group compare what they send before the first step: switch it off
+            where they run different programs.
         feedback: what rounding takes from the sums of gradients is kept there and added at the next step, if given;
-            for one program's policy, and to be checkpointed on every rank. It costs a float32 copy of what is sent and
-            a second coding. Sums whose elements are others at every step, as of activations, do without, and say so.
+            for one program's policy, and to be checkpointed on every rank; with a GradScaler, ``Feedback(scaler=...)``.
+            It costs a float32 copy of what is sent and a second coding. Sums whose elements are others at every step,
+            as of activations, do without, and say so.
 
     Raises:
         ConfigError: no such codec or kind, a stochastic codec, or no `Feedback`.

@@ -15,6 +15,7 @@ from qpass.comm.eager.statistics import Statistics
 from qpass.comm.policy.cost import Link
 from qpass.comm.training.owned_rows import OwnedRows
 from qpass.comm.wire.codec import Codec
+from qpass.comm.wire.rank_state import check_complete, own_state, state_of_rank
 from qpass.errors import ConfigError
 
 _NO_HOOK = "register the hook on all ranks: one without it waits in torch's own all_reduce for this rank"
@@ -62,7 +63,6 @@ class HookState:
         from 3 ranks on its order of summation depends on the buckets, which start anew in a new process.
         """
         self._undo_skipped()
-        rank, ranks = _rank_and_ranks()
         group_rank, group_ranks = self._place or (-1, 0)
         mine = {
             "statistics": asdict(self.statistics), "group_rank": group_rank, "group_ranks": group_ranks,
@@ -70,7 +70,7 @@ class HookState:
             "residuals": {number: residual.clone() for number, residual in self._residuals.items()},
             "owned": {number: residual.clone() for number, residual in self._owned.items()},
         }  # fmt: skip
-        return {"codec": str(self.codec), "ranks": ranks, f"rank {rank}": mine}
+        return {"codec": str(self.codec), **state_of_rank(mine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, on the same rank of as many ranks, for the same model.
@@ -82,28 +82,13 @@ class HookState:
             ConfigError: it was saved with another codec, on another rank, on another number of ranks, or holds not all
                 residuals.
         """
-        rank, ranks = _rank_and_ranks()
-        whose = [key for key in state if key.startswith("rank ")]
-        if "codec" not in state or "ranks" not in state or not whose:
-            raise ConfigError("This is no state of a DDP hook.", hint="load what state_dict() of the hook gave")
-        if state["codec"] != str(self.codec):
+        mine = own_state(state, "a DDP hook", "a new hook")
+        if state.get("codec") != str(self.codec):
             raise ConfigError(
-                f"The state is of a hook that sends {state['codec']}, and this one sends {self.codec}.",
+                f"The state is of a hook that sends {state.get('codec')}, and this one sends {self.codec}.",
                 hint="make the hook with the options that it was saved with",
             )
-        if state["ranks"] != ranks:
-            raise ConfigError(
-                f"The state is of {state['ranks']} ranks, and this run has {ranks}.",
-                hint="load it on as many ranks, or begin with a new hook: what rounding took from one step is lost",
-            )
-        if f"rank {rank}" not in state:
-            raise ConfigError(f"The state is of {whose[0]}, and this is rank {rank}.", hint="load each rank's own")
-        mine = state[f"rank {rank}"]
-        if len(mine["residuals"]) != mine["parameters"]:
-            raise ConfigError(
-                f"The state is of {mine['parameters']} residuals, and holds {len(mine['residuals'])}.",
-                hint="torch.distributed.checkpoint loads what exists: let the hook make a step before that",
-            )
+        check_complete(len(mine["residuals"]), mine["parameters"])
         self.statistics = Statistics(**mine["statistics"])
         self._residuals = {number: residual.clone() for number, residual in mine["residuals"].items()}
         self._owned = {number: residual.clone() for number, residual in mine["owned"].items()}
@@ -152,7 +137,3 @@ class HookState:
             if layout.owned is not None and layout.owned.before is not None:
                 layout.owned.residual.copy_(layout.owned.before)
                 layout.owned.before = None
-
-
-def _rank_and_ranks() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

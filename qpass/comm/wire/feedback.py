@@ -1,11 +1,7 @@
-"""qpass::encode_fed: `qpass::encode`, and what rounding takes from a tensor is added to the next one sent in its place.
+"""Feedback: what rounding (`qpass.comm.wire.fed_rounding`) took from the tensors of a compiled program on this rank.
 
-    encode_fed(x, form, state)      v = float32(x) + residual -> encode(v), and residual becomes v - decode(encode(v))
-
-The sum over many steps of what was sent is then that of what should have been, but for the last residual. The residuals
-are no part of a graph: a `Feedback` holds them, and the graph names them by ``state``. So a compiled graph that a cache
-serves in another process finds the residuals of that process. Where a value or its block is not finite, it was not
-sent: the residual waits.
+The residuals are no part of a graph: a `Feedback` holds them, and the graph names them by ``state``. So a compiled
+graph that a cache serves in another process finds the residuals of that process.
 """
 
 from __future__ import annotations
@@ -16,25 +12,42 @@ import warnings
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qpass.comm.wire.format import WireFormat
-from qpass.comm.wire.operators import check_encode, cuts, decode_into, encode_into
+from qpass.comm.wire.rank_state import check_complete, own_state, state_of_rank
 from qpass.errors import ConfigError, InputError
+
+
+class Residual(NamedTuple):
+    """What rounding took: float32 ``[numel]``, to be multiplied by the unit of the values it is added to."""
+
+    values: Tensor
+    unit: float = 1.0
 
 
 class Feedback:
     """The residuals of one program's sums on this rank: ``Policy("int4", feedback=Feedback())``.
 
-    Residuals are float32, as large as what is sent. ``"0/output_3"`` is named by its compiled frame, numbered as frames
-    first send, and by where its gradient leaves the graph: so the same program names them alike in every process, and
-    recompilations of a frame go on with its residuals. Programs that are trained apart need a Feedback each.
+    Residuals are float32, as large as what is sent; sums of narrower gradients have one more for their last cast.
+    ``"0/output_3"`` is named by its compiled frame, numbered as frames first send, and by where its gradient leaves the
+    graph: so the same program names them alike in every process, and recompilations of a frame go on with its
+    residuals. Programs that are trained apart need a Feedback each.
+
+    Args:
+        scaler: the GradScaler of the training. Residuals then follow the loss scale, and what was taken from them since
+            its last ``update`` is put back where that lowers the scale: the optimizer skipped those gradients. It costs
+            another float32 copy of what is sent, and the scale is read once for each run of a graph. Without it a
+            residual counts in units of the scale of its own step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._residuals: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}  # the residuals before the scaler's running step
+        self._step = (0.0, 0)  # the loss scale and the steps since it changed: another pair after each update
         self._numbers: dict[Hashable, int] = {}
         self._parameters: dict[Hashable, list[weakref.ref[Tensor]]] = {}
         self._is_loaded = False
@@ -42,38 +55,52 @@ class Feedback:
     def __repr__(self) -> str:
         return "Feedback()"  # a part of keys of caches, which other processes read
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of this rank's residuals by name. Save it on every rank, and load it on the same one."""
-        return {name: residual.clone() for name, residual in self._residuals.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """The number of ranks, and copies of this rank's residuals by name. Save it on every rank.
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave, before or after anything was compiled.
+        What is this rank's lies under a key that names it, so that `torch.distributed.checkpoint` keeps that of every
+        rank. It loads into tensors that exist: there let the program make a step before its state is loaded.
+        """
+        self._follow_scale()
+        residuals = {name: residual.clone() for name, residual in self._residuals.items()}
+        return state_of_rank({"count": len(residuals), "residuals": residuals})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, on the same rank of as many ranks, before or after anything was compiled.
 
         Sizes are compared when a residual is used. One that is used then and not in ``state`` starts from zero, with
-        a warning.
+        a warning. Residuals belong to the ranks that rounded: another number of ranks starts without them.
 
         Raises:
+            ConfigError: it was saved on another number of ranks, on another rank, or holds not all residuals.
             InputError: something in ``state`` is no residual.
         """
-        for name, residual in state.items():
+        mine = own_state(state, "a qpass.comm.Feedback", "a new one")
+        residuals = mine["residuals"]
+        check_complete(len(residuals), mine["count"])
+        for name, residual in residuals.items():
             is_residual = isinstance(residual, Tensor) and residual.dtype == torch.float32 and residual.dim() == 1
             if not is_residual or not re.fullmatch(r"\d+/\w+", str(name)):
                 what = f"{name!r} is no residual of error feedback."
                 raise InputError(what, hint="load what state_dict() of a qpass.comm.Feedback gave")
-        self._residuals = {name: residual.clone() for name, residual in state.items()}
+        self._residuals = {name: residual.clone() for name, residual in residuals.items()}
+        self._before.clear()
         self._is_loaded = True
 
     def reset(self) -> None:
         """Forget all residuals, as where training starts anew."""
         self._residuals.clear()
+        self._before.clear()
         self._is_loaded = False
 
     @contextlib.contextmanager
     def bound(self, frame: Hashable = None) -> Iterator[None]:
         """Let the graphs that run inside find their residuals here; ``frame`` tells those of one frame from another's.
 
-        Compiled graphs do so themselves; one that `compress` edited is run ``with feedback.bound()``.
+        Compiled graphs do so themselves; one that `compress` edited is run ``with feedback.bound()``: for every step
+        anew where there is a scaler, whose scale is read here.
         """
+        self._follow_scale()
         token = _bound.set((self, frame))
         try:
             yield
@@ -92,8 +119,8 @@ class Feedback:
             what = "A graph that sends with error feedback is run for other parameters than those it was first run for."
             raise ConfigError(what, hint="compile the model as a whole, not layer by layer, and each model for itself")
 
-    def residual(self, frame: Hashable, state: str, x: Tensor) -> Tensor:
-        """What is to be added to ``x``: float32 ``[x.numel()]`` on its device, zeros at first; to be written to.
+    def residual(self, frame: Hashable, state: str, x: Tensor) -> Residual:
+        """What is to be added to ``x``, zeros at first, and its unit; to be written to.
 
         Raises:
             ConfigError: the residual of that name is of another size.
@@ -110,13 +137,31 @@ class Feedback:
             hint = "load the state of this program on as many ranks, give every program a Feedback, or reset() this one"
             raise ConfigError(what, hint=hint)
         self._residuals[name] = found = found.to(x.device)
-        return found
+        if self._scaler is None:
+            return Residual(found)
+        if name not in self._before:  # else one of several that are accumulated, and applied or skipped together
+            self._before[name] = found.clone()
+        return Residual(found, self._step[0])
+
+    def _follow_scale(self) -> None:
+        """Begin a step if the scaler has ended one: where its scale fell, that was skipped."""
+        if self._scaler is None:
+            return
+        now = self._scaler.state_dict()
+        step = now["scale"], now["_growth_tracker"]
+        if step == self._step:
+            return
+        if step[0] < self._step[0]:
+            for name, before in self._before.items():
+                self._residuals[name].copy_(before)
+        self._before.clear()
+        self._step = step
 
 
 _bound: ContextVar[tuple[Feedback, Hashable] | None] = ContextVar("qpass_feedback", default=None)
 
 
-def residual_of(state: str, x: Tensor) -> Tensor:
+def residual_of(state: str, x: Tensor) -> Residual:
     """`Feedback.residual` of the Feedback that is bound.
 
     Raises:
@@ -124,41 +169,7 @@ def residual_of(state: str, x: Tensor) -> Tensor:
     """
     bound = _bound.get()
     if bound is None:
-        what = f"encode_fed is run without a Feedback, and {state} is to be sent with error feedback."
+        what = f"A graph is run without a Feedback, and {state} is to be sent with error feedback."
         raise InputError(what, hint="run the graph `with feedback.bound():`, with the feedback of its policy")
     feedback, frame = bound
     return feedback.residual(frame, state, x)
-
-
-def encode_fed_into(x: Tensor, residual: Tensor, payload: Tensor, wire: WireFormat) -> None:
-    """Write the payload of ``x + residual`` to ``payload``, and what it lacks to ``residual``; all are flat."""
-    for part, coded in cuts(x.numel(), wire):
-        values = x[part].to(torch.float32) + residual[part]
-        encode_into(values, payload[coded], wire)
-        decoded = torch.empty_like(values)
-        decode_into(payload[coded], decoded, wire)
-        error = values.sub_(decoded)  # not finite where nothing was sent
-        if error.device.type == "cpu" and error.sum().isfinite():  # a mask takes longer than all the rest
-            residual[part].copy_(error)
-        else:
-            torch.where(error.isfinite(), error, residual[part], out=residual[part])
-
-
-def encode_fed(x: Tensor, form: str, state: str) -> Tensor:
-    """The payload of ``x`` and its residual, in the format of `qpass::encode`; a new uint8 tensor of one dimension."""
-    wire = check_encode(x, form)
-    payload = torch.empty(wire.payload_bytes(x.numel()), dtype=torch.uint8, device=x.device)
-    encode_fed_into(x.detach().reshape(-1), residual_of(state, x), payload, wire)
-    return payload
-
-
-# Two calls give two payloads, so it is tagged as random numbers are: compilers neither merge nor repeat them.
-_library = torch.library.Library("qpass", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
-_library.define("encode_fed(Tensor x, str form, str state) -> Tensor", tags=_TAGS)
-_library.impl("encode_fed", encode_fed, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("qpass::encode_fed", lib=_library)
-def _encode_fed_meta(x: Tensor, form: str, state: str) -> Tensor:
-    return x.new_empty(check_encode(x, form).payload_bytes(x.numel()), dtype=torch.uint8)

@@ -114,7 +114,7 @@ def test_the_pass_keeps_its_decisions_with_the_graph() -> None:
         "all_reduce of block: sent plain: a max cannot be taken over payloads",
         "all_gather of block: sent plain: values of int64 travel as they are",
     ]
-    assert decisions.plans()["0"][1] == "all_reduce: sent plain: a max cannot be taken over payloads"
+    assert decisions.plans()["0"][1] == ("all_reduce: sent plain", "a max cannot be taken over payloads")
     assert decisions.overrides == (
         ("override 0 (kind='all_reduce', module='block')", True, ""),
         ("override 1 (group='tp', backward=False)", False, ""),

@@ -14,7 +14,7 @@ from lockstep import lockstep, text, traced, value
 from qpass.comm import Feedback, Policy
 from qpass.comm.eager import schedule
 from qpass.comm.graph import pieces
-from qpass.comm.graph.coded import ENCODE, ENCODE_FED
+from qpass.comm.graph.coded import CAST_FED, ENCODE, ENCODE_FED
 from qpass.comm.graph.compress import collectives, compress
 from qpass.comm.graph.passes.expand_codecs import ExpandCodecs
 from qpass.comm.graph.passes.insert_codecs import InsertCodecs
@@ -194,13 +194,35 @@ def test_the_lowered_graph_is_the_one_with_plain_collectives_at_every_step(
         for expected, found in zip(*results, strict=True):
             assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
     for rank, (plain, lowered) in enumerate(zip(*feedbacks, strict=True)):
-        whole = plain.state_dict()
-        for name, residual in lowered.state_dict().items():
+        whole = plain.state_dict()["rank 0"]["residuals"]
+        for name, residual in lowered.state_dict()["rank 0"]["residuals"].items():
             expected = whole[name]
             if name.endswith("_sum"):  # of the rows that this rank owns, and zeros behind the last row of all
                 expected = expected[rank * len(residual) : (rank + 1) * len(residual)]
                 assert not residual[len(expected) :].any()
             assert torch.equal(residual[: len(expected)], expected)
+
+
+@pytest.mark.parametrize(("world", "limit"), [(2, schedule.ONE_SHOT_BYTES), (4, 0)])
+def test_a_narrow_sum_is_float32_up_to_its_last_cast(monkeypatch: pytest.MonkeyPatch, world: int, limit: int) -> None:
+    """In one shot and in two: what all ranks apply and what they keep are the true sums of three steps."""
+    monkeypatch.setattr(schedule, "ONE_SHOT_BYTES", limit)
+    inputs = [[(value(9 * step + rank, 8, 64).bfloat16(),) for rank in range(world)] for step in range(3)]
+    gm = compress(traced(lambda x: send.all_reduce(x, "avg"), *inputs[0][0], world=world), fed("int4"), backward=True)
+    assert [str(node.args[2]) for node in gm.graph.find_nodes(op="call_function", target=CAST_FED)] == ["output_0_cast"]
+    assert collectives(gm)[0].reason.startswith("1,024 -> ")  # what it would have been in bfloat16
+    feedbacks = [Feedback() for _ in range(world)]
+    missing = torch.zeros(512, dtype=torch.float64)
+    for step in inputs:
+        (total, *others) = lockstep(gm, step, feedbacks)
+        assert total.dtype == torch.bfloat16
+        assert all(torch.equal(total, other) for other in others)
+        missing += sum(x.double().flatten() for (x,) in step) / world - total.double().flatten()
+    states = [feedback.state_dict()["rank 0"]["residuals"] for feedback in feedbacks]
+    missing -= sum(state["0/output_0"].double() for state in states) / world + states[0]["0/output_0_cast"]
+    if limit == 0:
+        missing -= torch.cat([state["0/output_0_sum"] for state in states])[:512]
+    assert missing.norm() < 1e-6 * 512**0.5  # of float32; the cast alone takes 1e-3
 
 
 def test_parameters_alone_have_gradients_that_stay() -> None:

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import torch
 from torch import fx
 
 from qpass.arithmetic.numerics import dtype_name
 from qpass.comm.eager.group import process_group
 from qpass.comm.eager.schedule import shots
 from qpass.comm.graph.coalesced import COALESCED, NOT_WAITED, WRITING, Coalesced, as_bucket, as_coalesced
-from qpass.comm.graph.coded import ENCODE_FED, ENCODERS, as_coded, decoded, encoded
+from qpass.comm.graph.coded import CAST_FED, ENCODE_FED, ENCODERS, as_coded, decoded, encoded
 from qpass.comm.graph.collective import (
     KINDS,
     PARTS_KEY,
+    SENT_KEY,
     SUMS,
     UNFED_KEY,
     Collective,
@@ -55,7 +57,8 @@ class InsertCodecs(Pass):
 
     ``backward`` says which of the two graphs of a training step this is, ``gradients`` which of its outputs are those
     of parameters, None for all. With a policy's feedback, sums that leave a backward graph as such gradients get
-    ``encode_fed`` instead of ``encode``, for both roundings (`qpass.comm.wire.feedback`).
+    ``encode_fed`` instead of ``encode``, for both roundings (`qpass.comm.wire.fed_rounding`). Such a sum is decoded as
+    float32; where the graph has it narrower, ``cast_fed`` is its last rounding.
     """
 
     policy: Policy
@@ -151,13 +154,26 @@ def _check(found: Collective | Coalesced) -> None:
 
 
 def _round(found: Collective, wire: Codec, edit: Editor, state: str) -> None:
-    found.node.replace_input_with(found.x, _rounded(edit, found, wire, state))
+    node, total = found.node, found.wait
     numel = LARGE if is_data_dependent(found.numel) else found.numel
-    if found.kind == "all_reduce" and shots(numel, wire, found.world) == "two_shot":  # type: ignore[arg-type]  # both are known here
-        _round_sum(found, wire, edit, f"{state}_sum" if state else "")
+    how = found.kind == "all_reduce" and shots(numel, wire, found.world)  # type: ignore[arg-type]  # both are known here
+    narrow = found.dtype if state and found.dtype.itemsize < torch.float32.itemsize else None
+    dtype = found.dtype if narrow is None else torch.float32
+    if narrow is not None:
+        assert total is not None
+        node.meta.setdefault(SENT_KEY, found.numel * narrow.itemsize)
+        for each in (node, total):
+            each.meta["val"] = each.meta["val"].to(torch.float32)
+    node.replace_input_with(found.x, _rounded(edit, found, wire, state, dtype))
+    if how == "two_shot":
+        total = _round_sum(found, wire, edit, f"{state}_sum" if state else "", dtype)
+    if narrow is not None:
+        assert total is not None
+        cast = edit.call(CAST_FED, total, narrow, f"{state}_cast", like=total, before=total.next)
+        total.replace_all_uses_with(cast, lambda reader: reader is not cast)
 
 
-def _rounded(edit: Editor, found: Collective, wire: Codec, state: str) -> fx.Node:
+def _rounded(edit: Editor, found: Collective, wire: Codec, state: str, dtype: torch.dtype) -> fx.Node:
     """What is sent, decoded from a payload; where each rank gets a part of its own, each part from one of its own."""
     node, x = found.node, found.x
     place: Any = {"like": node, "before": node}
@@ -170,19 +186,20 @@ def _rounded(edit: Editor, found: Collective, wire: Codec, state: str) -> fx.Nod
                 return coded_parts(edit, x, splits, wire, **place)
             parts = found.world
     payload = encoded(edit, x, wire, parts, state, **place)
-    return decoded(edit, payload, wire, parts, sizes(edit, x, **place), found.dtype, **place)
+    return decoded(edit, payload, wire, parts, sizes(edit, x, **place), dtype, **place)
 
 
-def _round_sum(found: Collective, wire: Codec, edit: Editor, state: str) -> None:
+def _round_sum(found: Collective, wire: Codec, edit: Editor, state: str, dtype: torch.dtype) -> fx.Node:
     wait = found.wait
     assert wait is not None
     readers = list(wait.users)
     place: Any = {"like": wait, "before": wait.next}
     payload = encoded(edit, wait, wire, 1, state, **place)
     shape = sizes(edit, found.x, **place)  # not of the sum, which has one reader that way
-    value = decoded(edit, payload, wire, 1, shape, found.dtype, **place)
+    value = decoded(edit, payload, wire, 1, shape, dtype, **place)
     for reader in readers:
         reader.replace_input_with(wait, value)
+    return value
 
 
 def _leave(node: fx.Node, reason: str, asked: bool) -> int:
