@@ -23,6 +23,7 @@ from qpass.patterns.linear import Linear
 from qpass.patterns.matmul import Matmul
 from qpass.patterns.normalization import KEPT as _NORMALIZATION
 from qpass.patterns.pooling import AvgPool
+from qpass.patterns.weights import CARRIED, OF_WEIGHTS
 
 CATALOGUE: tuple[Island, ...] = (Linear(), Matmul(), Conv(), Embedding(), Add(), Mul(), AvgPool())
 """Every island; the order matters only where two are rooted at the same operator."""
@@ -33,5 +34,6 @@ KEPT_IN_FLOAT: dict[object, str] = {**_COMMUNICATION, **_ATTENTION, **_ELEMENTWI
 """Operators that are left in floating point on purpose, each with its reason."""
 
 __all__ = [
-    "CATALOGUE", "COLLECTIVES", "KEPT_IN_FLOAT", "Add", "AvgPool", "Conv", "Embedding", "Linear", "Matmul", "Mul",
+    "CARRIED", "CATALOGUE", "COLLECTIVES", "KEPT_IN_FLOAT", "OF_WEIGHTS", "Add", "AvgPool", "Conv", "Embedding",
+    "Linear", "Matmul", "Mul",
 ]  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import fx
+
 from qpass.ir.constants import Constants
 from qpass.ir.expression import Expr, aten
 from qpass.ir.rule import require
@@ -23,5 +25,7 @@ class Embedding(Island):
         return aten.embedding(w, indices)
 
     def check(self, m: IslandMatch, constants: Constants) -> None:
+        written = isinstance(m.w, fx.Node) and m.w.op == "get_attr" and m.w not in constants
+        require(not written, "the model writes to the table when it looks rows up, as max_norm does")
         require(m.w in constants, "the table is computed, not stored")
         require(m.indices not in constants, "the indices are constant, so the looked-up rows are a constant themselves")

@@ -55,7 +55,10 @@ def save(model: fx.GraphModule | ExportedProgram, path: str | os.PathLike[str]) 
         told: dict[str, Any] = {KEY: as_kept(view.record)} if view.record is not None else {}
         told |= {MADE_BY: view.made_by} if view.made_by in PASSES else {}
         node.meta[CUSTOM] = {**node.meta.get(CUSTOM, {}), **told}
-    state = {"stage": record.stage, "target": record.target, "float_bytes": record.float_bytes, "notes": record.notes}
+    state = {
+        "stage": record.stage, "target": record.target, "float_bytes": record.float_bytes, "notes": record.notes,
+        "weight_bytes": record.weight_bytes, "weight_bytes_kept": record.weight_bytes_kept,
+    }  # fmt: skip
     torch.export.save(program, os.fspath(path), extra_files={EXTRA: json.dumps({"format": FORMAT, **state})})
 
 

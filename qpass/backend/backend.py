@@ -217,8 +217,10 @@ def accounted(graph: fx.GraphModule, target: str | Target) -> fx.GraphModule:
     record = graph_record(graph)
     record.stage, record.target = "quantized", chosen.name
     record.float_bytes = float_bytes(regions(graph))
+    recognise = RecogniseIslands(chosen)
     for region in regions(graph):
-        RecogniseIslands(chosen).run(region)
+        recognise.run(region)
+    record.weight_bytes, record.weight_bytes_kept = record.float_bytes, recognise.weights.kept
     return graph
 
 

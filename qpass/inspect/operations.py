@@ -34,7 +34,8 @@ class Row:
     says why), "exact" (moves values without rounding) or "unaccounted" (a pass lost its record: a defect of that
     pass). ``compute_dtype`` is the dtype of what stays in float. ``count`` is the number of operations that were
     merged into this one, itself included. A ``fused`` row is part of another row's island and counted there.
-    ``missed``: the configuration asked for more than was done.
+    ``missed``: the configuration asked for more than was done. ``float_bytes`` are those of the weights that it reads
+    in floating point, in the float model; a weight that several operations read counts at the first.
     """
 
     op: str
@@ -49,6 +50,7 @@ class Row:
     count: int = 1
     fused: bool = False
     missed: bool = False
+    float_bytes: int = 0
 
 
 def operations(region: fx.GraphModule, stage: Stage) -> Iterator[Row]:
@@ -60,7 +62,7 @@ def operations(region: fx.GraphModule, stage: Stage) -> Iterator[Row]:
             if _computes_floats(node) and node not in constants and not _is_inserted(node):
                 place = {"module": module_path(node), "line": source_line(node), "node": node.name}
                 yield Row(target_name(node), outcome="unaccounted", reason=LOST, missed=True, **place)
-        elif record.outcome != "float" or _computes_floats(node) or node.op == "call_module":
+        elif record.outcome != "float" or record.float_bytes or _computes_floats(node) or node.op == "call_module":
             yield _row(node, record, stage)
 
 
@@ -71,6 +73,7 @@ def _row(node: fx.Node, record: NodeRecord, stage: Stage) -> Row:
         op=record.op, module=record.module, outcome=record.outcome, kernel=record.kernel, reason=record.reason,
         pattern=record.pattern, compute_dtype=_compute_dtype(node, record), line=record.line, node=node.name,
         count=record.size, fused=record.is_fused, missed=record.is_missed,
+        float_bytes=record.float_bytes,
     )  # fmt: skip
 
 

@@ -35,7 +35,9 @@ class Report:
 
     ``str(report)`` is its text, stable over runs. ``bytes_before`` are those of the float model's parameters and
     buffers, ``bytes_after`` those of the constants that the graphs read now: a prepacked weight counts a byte a value,
-    the codes it was packed from count only where something else still reads them. ``leftover`` counts the q/dq
+    the codes it was packed from count only where something else still reads them. ``weight_bytes`` are those of the
+    float model's floating-point constants that it does not write to, ``weight_bytes_kept`` those among them that
+    operations read in floating point: ``kept_share`` is their part. ``leftover`` counts the q/dq
     operations in the graphs: once lowered, those that Inductor fuses into their neighbours. ``sqnr`` is in dB, None
     where no reference was given. ``transfers`` are the collectives of what was compiled with ``comm``; ``stage`` is
     "compiled" where no compute was lowered beside them.
@@ -51,6 +53,13 @@ class Report:
     sqnr: float | None = None
     graphs: int = 1
     transfers: tuple[Transfer, ...] = ()
+    weight_bytes: int = 0
+    weight_bytes_kept: int = 0
+
+    @property
+    def kept_share(self) -> float:
+        """The part of the weights' bytes that stays in floating point, 0 to 1; 0 where there are no weights."""
+        return self.weight_bytes_kept / self.weight_bytes if self.weight_bytes else 0.0
 
     def count(self, *outcomes: str) -> int:
         """The number of operations with one of these outcomes; of all but the exact ones when none is named."""
@@ -67,6 +76,7 @@ class Report:
         """The report in dicts, lists, strings and numbers, as JSON takes them; an infinite SQNR becomes a string."""
         plain = asdict(self) | {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
         plain["transfers"] = [asdict(transfer) for transfer in self.transfers]
+        plain["kept_share"] = self.kept_share
         if self.sqnr is not None and math.isinf(self.sqnr):
             plain["sqnr"] = str(self.sqnr)
         return plain
@@ -111,20 +121,21 @@ def report(
     if (inputs is None) != (reference is None):
         given, lacking = ("inputs", "reference") if reference is None else ("reference", "inputs")
         raise InputError(f"report was given {given} but no {lacking}", hint="SQNR needs both, the rest needs neither")
-    graphs, communications, float_bytes = _compiled(gm)
-    found = report_graphs(graphs, communications, strict, float_bytes)
+    graphs, communications, sizes = _compiled(gm)
+    found = report_graphs(graphs, communications, strict, sizes)
     return found if reference is None else replace(found, sqnr=sqnr(reference, gm, inputs))
 
 
 def report_graphs(
     graphs: Sequence[fx.GraphModule], communications: Sequence[Communication] = (), strict: bool = False,
-    float_bytes: int | None = None,
+    sizes: _Sizes | None = None,
 ) -> Report:  # fmt: skip
     """One report on all of ``graphs``, and on what compilations decided; raises as :func:`report` does.
 
-    ``float_bytes`` are those of the float model, where they are not the sum over the graphs.
+    ``sizes`` are those of the float model, where they are not the sums over the graphs.
     """
     records = [_record(gm) for gm in graphs]
+    sizes = sizes or _Sizes.total(map(_Sizes.of, records))
     parts = [(region, record) for gm, record in zip(graphs, records, strict=True) for region in regions(gm)]
     every_region = [region for region, _ in parts]
     notes = [note for gm in graphs for note in _notes(gm)] + conclusions(communications)
@@ -132,12 +143,14 @@ def report_graphs(
         stage=", ".join(dict.fromkeys(record.stage for record in records)) or "compiled",
         target=", ".join(dict.fromkeys(record.target for record in records if record.target)),
         rows=tuple(row for region, record in parts for row in operations(region, record.stage)),
-        bytes_before=sum(record.float_bytes for record in records) if float_bytes is None else float_bytes,
+        bytes_before=sizes.constants,
         bytes_after=constant_bytes(every_region),
         leftover=_leftover(every_region),
         notes=tuple(dict.fromkeys(notes)),
         graphs=len(graphs) or len(communications),
         transfers=tuple(row for each in communications for row in transfers(each.graphs)),
+        weight_bytes=sizes.weights,
+        weight_bytes_kept=sizes.kept,
     )
     if strict and found.missed:
         raise StrictError(
@@ -146,6 +159,24 @@ def report_graphs(
             hint="accept that by config.keep_float(...), or ask for the report without strict=True",
         )
     return found
+
+
+@dataclass(frozen=True, order=True)
+class _Sizes:
+    """Bytes of a float model: its constants, the weights among them, and those of the weights that stay in float."""
+
+    constants: int = 0
+    weights: int = 0
+    kept: int = 0
+
+    @classmethod
+    def of(cls, record: GraphRecord) -> _Sizes:
+        return cls(record.float_bytes, record.weight_bytes, record.weight_bytes_kept)
+
+    @classmethod
+    def total(cls, parts: Iterable[_Sizes]) -> _Sizes:
+        columns = zip(*((part.constants, part.weights, part.kept) for part in [cls(), *parts]), strict=True)
+        return cls(*map(sum, columns))
 
 
 def constant_bytes(graphs: Iterable[fx.GraphModule]) -> int:
@@ -169,7 +200,7 @@ def _missed(row: Row | Transfer) -> str:
     return f"{row.module or row.node} ({row.op}): {row.reason}"
 
 
-def _compiled(gm: Any) -> tuple[list[fx.GraphModule], list[Communication], int | None]:
+def _compiled(gm: Any) -> tuple[list[fx.GraphModule], list[Communication], _Sizes | None]:
     if isinstance(gm, FirstBatch):
         return [gm.captured], [], None
     program = program_of(gm)
@@ -181,24 +212,24 @@ def _compiled(gm: Any) -> tuple[list[fx.GraphModule], list[Communication], int |
     if not found:
         raise InputError("this compiled model has no graph of qpass yet", hint=_way_to_a_graph(program))
     graphs = [one.graph for one in found if one.graph is not None]
-    return graphs, [one.communication for one in found if one.communication is not None], _float_bytes(program, found)
+    return graphs, [one.communication for one in found if one.communication is not None], _sizes(program, found)
 
 
-def _float_bytes(program: Any, found: Iterable[Compiled]) -> int:
-    """Bytes of the float model behind compiled graphs: a converted one's record says them, else the graphs do.
+def _sizes(program: Any, found: Iterable[Compiled]) -> _Sizes:
+    """Sizes of the float model behind compiled graphs: a converted one's record says them, else the graphs do.
 
     Graphs of one set of weights, as for other sizes of the inputs, count once.
     """
     record = program.meta.get(GRAPH_KEY) if isinstance(program, fx.GraphModule) else None
     if record is not None and record.float_bytes:
-        return int(record.float_bytes)
-    sizes: dict[object, int] = {}
+        return _Sizes.of(record)
+    sizes: dict[object, _Sizes] = {}
     for one in found:
         if one.graph is not None:
             read = next(iter(one.weights), ())
             key = frozenset(read) if read else id(one)
-            sizes[key] = max(sizes.get(key, 0), _record(one.graph).float_bytes)
-    return sum(sizes.values())
+            sizes[key] = max(sizes.get(key, _Sizes()), _Sizes.of(_record(one.graph)))
+    return _Sizes.total(sizes.values())
 
 
 def _way_to_a_graph(program: Any) -> str:

@@ -22,7 +22,7 @@ from qpass.arithmetic.numerics import dtype_name
 from qpass.errors import InputError
 from qpass.ir.record import NodeRecord, Stage, record_of
 
-FORMAT = 1
+FORMAT = 2
 """The format of what qpass writes beside a program; raise it when a key or a field of `NodeRecord` changes."""
 
 EXTRA = "qpass.json"

@@ -70,6 +70,9 @@ def _match_value(wanted: Any, actual: Any, captures: dict[str, Any], nodes: list
         return True
     if isinstance(wanted, Expr):
         return _match_expr(wanted, actual, captures, nodes)
+    if isinstance(wanted, list) and isinstance(actual, (list, tuple)):
+        pairs = zip(wanted, actual, strict=False)
+        return len(wanted) == len(actual) and all(_match_value(*pair, captures, nodes) for pair in pairs)
     return bool(wanted == actual)
 
 

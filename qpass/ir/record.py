@@ -32,6 +32,7 @@ class NodeRecord:
     ``outcome`` is "quantized" (its operands carry q/dq pairs), "lowered" (a kernel of the target runs it), "float"
     (left in floating point, ``reason`` says why) or "exact" (moves values without rounding: views, max pooling).
     ``asked``: the configuration wanted it quantized, so leaving it in float is worth an error under ``strict``.
+    ``float_bytes`` are those of the model's constants that this operation is the first to read in floating point.
     ``group`` is the name of a collective's process group.
     """
 
@@ -46,6 +47,7 @@ class NodeRecord:
     size: int = 1
     asked: bool = False
     group: str = ""
+    float_bytes: int = 0
 
     @property
     def is_fused(self) -> bool:
@@ -66,12 +68,18 @@ class NodeRecord:
 
 @dataclass
 class GraphRecord:
-    """The state of a whole graph: its stage, the configuration it was prepared with, and notes worth reporting."""
+    """The state of a whole graph: its stage, the configuration it was prepared with, and notes worth reporting.
+
+    ``float_bytes`` are those of all constants of the float model, ``weight_bytes`` those of its floating-point ones
+    that it does not write to, and ``weight_bytes_kept`` those among them that operations read in floating point.
+    """
 
     stage: Stage = "captured"
     config: Any = None
     target: str = ""
     float_bytes: int = 0
+    weight_bytes: int = 0
+    weight_bytes_kept: int = 0
     notes: list[str] = field(default_factory=list)
 
 

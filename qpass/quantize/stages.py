@@ -55,6 +55,7 @@ def prepare_graph(
     passes = (SetDropoutAside(), annotate, InsertObservers(), *casts, InsertModes())
     Pipeline("prepared", passes).run(gm)
     seen = annotate.seen
+    record.weight_bytes, record.weight_bytes_kept = seen.weights.total, seen.weights.kept
     fault = unmatched(config, seen.overrides, seen.paths, seen.ops, seen.paths.values())
     if fault is not None and not partial:
         raise fault

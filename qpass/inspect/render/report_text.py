@@ -89,6 +89,9 @@ def headline(report: Report) -> list[str]:
     besides += [f"{moved} only move values"] if moved else []
     lines += [f"              besides, {' and '.join(besides)}"] if besides else []
     lines.append(f"  constants   {_bytes(report.bytes_before)} -> {_bytes(report.bytes_after)}{_percent(report)}")
+    if report.weight_bytes:
+        share = f"{100 * report.kept_share:.1f} % of their bytes stay in float"
+        lines.append(f"  weights     {share} ({_bytes(report.weight_bytes_kept)} of {_bytes(report.weight_bytes)})")
     if report.sqnr is not None:
         lines.append(f"  SQNR        {report.sqnr:.1f} dB")
     return lines + _communication(report)
@@ -130,21 +133,32 @@ def per_operation(report: Report) -> list[list[str]]:
 def per_module(report: Report, reasons: dict[tuple[str, str], int]) -> list[list[str]]:
     """The rows of a table by module path, its header first; reasons by their number."""
     groups: dict[tuple[str, ...], list[Row]] = {}
+    shows_bytes = any(map(_keeps_weights, report.rows))
     for row in report.rows:
-        if row.outcome == "exact" or row.fused:
+        if (row.outcome == "exact" and not row.float_bytes) or row.fused:
             continue
         groups.setdefault((row.op, WORDS[row.outcome], _how(row, reasons)), []).append(row)
     lines: dict[str, list[list[str]]] = {}
     for (op, outcome, what), rows in groups.items():
         counts: Counter[str] = Counter()
+        kept: Counter[str] = Counter()
         for row in rows:
             counts[row.module] += row.count
+            kept[row.module] += row.float_bytes if _keeps_weights(row) else 0
         for pattern, paths in path_patterns(counts):
             count = sum(counts[path] for path in paths)
             name = (pattern or "(top level)") + (f" x{count}" if count > 1 else "")
-            lines.setdefault(paths[0], []).append([name, op, outcome, what])
+            size = sum(kept[path] for path in paths)
+            sizes = [_bytes(size) if size else ""] if shows_bytes else []
+            lines.setdefault(paths[0], []).append([name, op, outcome, *sizes, what])
     in_order = [line for path in dict.fromkeys(row.module for row in report.rows) for line in lines.get(path, [])]
-    return [["module", "operation", "outcome", "kernel or reason"], *in_order] if in_order else []
+    header = ["module", "operation", "outcome", *["float weights"] * shows_bytes, "kernel or reason"]
+    return [header, *in_order] if in_order else []
+
+
+def _keeps_weights(row: Row) -> bool:
+    """Whether a row is shown with the bytes of its weights; a quantized one's are those of its bias."""
+    return bool(row.float_bytes) and row.outcome in ("float", "exact") and not row.fused
 
 
 def _how(row: Row, reasons: dict[tuple[str, str], int]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
+from qpass import torch_private
 from qpass.arithmetic.numerics import dtype_name
 from qpass.errors import ConfigError
 from qpass.ir.constants import Constants
@@ -16,9 +17,10 @@ from qpass.ir.record import FUSED_INTO, NodeRecord, describe, graph_record, reco
 from qpass.ir.rule import NotAsked, Refusal, require
 from qpass.ir.source import module_stack, where
 from qpass.ir.text import target_name
+from qpass.islands.float_weights import FloatWeights, is_matrix, reads, works_by_element
 from qpass.islands.island import BATCH_NORM, IslandMatch
 from qpass.islands.views import carried
-from qpass.patterns import CATALOGUE, KEPT_IN_FLOAT
+from qpass.patterns import CARRIED, CATALOGUE, KEPT_IN_FLOAT, OF_WEIGHTS
 from qpass.spec import PerChannel, PerGroup, QuantizationSpec
 from qpass.spec.config import Config, Resolved
 from qpass.targets import Target
@@ -57,6 +59,7 @@ class Annotate(Pass):
                 self.seen.resolve(self.config, node)
                 if record_of(node) is None and computes_floats(node):
                     set_record(node, uncovered(node))
+        self._account(gm, constants)
         graph_record(gm).target = self.target.name
         return count
 
@@ -79,6 +82,34 @@ class Annotate(Pass):
                 asked = not isinstance(refused, NotAsked) and not dependent
                 set_record(node, describe(node, "float", island.name, reason=refused.reason).but(asked=asked))
         return 0
+
+    def _account(self, gm: fx.GraphModule, constants: Constants) -> None:
+        """Say of each operation how many bytes of weights it reads in float, and why where no pattern covers it."""
+        self.seen.weights.count(gm)
+        for read in reads(gm, constants):
+            node = read.reader
+            if read.source in node.meta.get(EDGES, ()) or FOLD in node.meta:
+                continue
+            kept, record = self.seen.weights.take(gm, read), record_of(node)
+            if record is None:
+                continue
+            record = record.but(float_bytes=record.float_bytes + kept)
+            if record.outcome == "float" and not record.pattern and is_matrix(gm, read) and not works_by_element(node):
+                record = self._without_pattern(node, record)
+            set_record(node, record)
+
+    def _without_pattern(self, node: fx.Node, record: NodeRecord) -> NodeRecord:
+        """The record of an operation that would have been quantized, had it a pattern."""
+        if node.target in OF_WEIGHTS:
+            record = record.but(reason=OF_WEIGHTS[node.target])
+        elif isinstance(node.target, torch_private.HigherOrderOperator):
+            record = record.but(reason=CARRIED)
+        elif node.target in KEPT_IN_FLOAT:
+            return record
+        resolved = self.seen.resolve(self.config, node)
+        if resolved.weight is None:
+            return record.but(reason=override_reason(resolved))
+        return record.but(asked=True)
 
     def _decide(self, m: IslandMatch, constants: Constants) -> dict[str, QuantizationSpec]:
         island = m.island
@@ -105,11 +136,12 @@ class Annotate(Pass):
 
 @dataclass
 class Seen:
-    """What the overrides were held against, over all regions of a model."""
+    """What the overrides were held against, and which weights were counted, over all regions of a model."""
 
     overrides: set[int] = field(default_factory=set)
     paths: dict[str, str] = field(default_factory=dict)
     ops: set[str] = field(default_factory=set)
+    weights: FloatWeights = field(default_factory=FloatWeights)
 
     def resolve(self, config: Config, node: fx.Node, island: str = "") -> Resolved:
         """The specs for an operator, or for the island that it is the root of, noting the override that gave them."""

@@ -81,7 +81,9 @@ class MergeSiblings(Pass):
         result = edit.call(aten.linear.default, first.x, w, b, **place)
         record = record_of(root) or describe(root, "quantized", _LINEAR.name)
         modules = [module_path(m.root) for m in siblings]
-        set_record(result, record.but(module=joint_path(modules), reason="one GEMM", size=len(siblings)))
+        kept = sum(found.float_bytes for m in siblings if (found := record_of(m.root)) is not None)
+        merged = record.but(module=joint_path(modules), reason="one GEMM", size=len(siblings), float_bytes=kept)
+        set_record(result, merged)
         casts = [_cast(m.root) for m in siblings]
         if all(casts):
             result = edit.call(aten.to.dtype, result, torch.bfloat16, **place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -12,6 +12,7 @@ from qpass.ir.constants import Constants
 from qpass.ir.edit import get_constant
 from qpass.ir.frame import Pass
 from qpass.ir.record import FUSED_INTO, describe, record_of, set_record
+from qpass.islands.float_weights import FloatWeights, reads
 from qpass.islands.island import IslandMatch, quantized_operands
 from qpass.islands.qdq import as_dequantize, as_quantize
 from qpass.patterns import CATALOGUE
@@ -29,6 +30,7 @@ class RecogniseIslands(Pass):
     """
 
     target: Target
+    weights: FloatWeights = field(default_factory=FloatWeights, compare=False)
 
     def run(self, gm: fx.GraphModule) -> int:
         constants = Constants(gm)
@@ -41,6 +43,11 @@ class RecogniseIslands(Pass):
                 continue
             self._visit(node, taken)
             count += 1
+        self.weights.count(gm)
+        for read in reads(gm, constants):
+            kept = self.weights.take(gm, read)
+            if (record := record_of(read.reader)) is not None:
+                set_record(read.reader, record.but(float_bytes=record.float_bytes + kept))
         return count
 
     def _visit(self, node: fx.Node, taken: set[fx.Node]) -> None:
