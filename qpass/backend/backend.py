@@ -39,6 +39,12 @@ log = logging.getLogger(__name__)
 
 _SET_GRAD = torch_private.set_grad_enabled
 
+AUTOCAST = (
+    "torch.autocast is on, and would cast what the int8 kernels stand for: call it outside of torch.autocast; "
+    "compute_dtype of the config says in which dtype the rest is computed"
+)
+"""Why a graph is compiled as it is under ``torch.autocast``: so its results have the dtypes of the eager model."""
+
 EXACT = {"emulate_precision_casts": True}
 """Inductor rounds to bfloat16 where the graph says so, also between operations that it fuses into one loop."""
 
@@ -80,16 +86,15 @@ class Backend:
                 return torch.no_grad()(self(gm, example_inputs))
         training = _is_training(example_inputs)
         in_float = training or (self.config is None and not _has_qdq(gm))
-        why = self._why_in_float(gm, example_inputs, training) if not _has_qdq(gm) else ""
+        why = self._why_in_float(gm, example_inputs, training)
         if why:
             self._leave_in_float(why)
             in_float = True
         if in_float:
             log.info("compute is left in floating point")
             if make_differentiable(gm):
-                return replace(self, inductor=tuple(sorted({**EXACT, **dict(self.inductor)}.items())))(
-                    gm, example_inputs
-                )
+                exact = tuple(sorted({**EXACT, **dict(self.inductor)}.items()))
+                return replace(self, config=None, inductor=exact)(gm, example_inputs)
             if self.comm is None:
                 return compile_plain(gm, example_inputs, (), dict(self.inductor))
             communication = self._communication(gm, self.comm, training)
@@ -119,9 +124,9 @@ class Backend:
         return remember(lowered, weights, communication).noting(call, positions)
 
     def _why_in_float(self, gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool) -> str:
-        """Why a float graph that the configuration would have quantized cannot be; "" where it can, or need not."""
-        if self.config is None:
-            return ""
+        """Why a graph that would be lowered, or quantized by the configuration, cannot be; "" for all others."""
+        if _has_qdq(gm) or self.config is None:
+            return AUTOCAST if _has_qdq(gm) and not training and torch.is_autocast_enabled("cpu") else ""
         observers = _observers(gm)
         if needs_calibration(self.config) and not observers:
             raise ConfigError(
@@ -132,6 +137,8 @@ class Backend:
             return "the model is prepared and not converted: call qpass.convert on it, and compile the result"
         if training and self.comm is None and not observers and not _is_in_training_mode():
             return "gradients are on: call it under torch.no_grad(), or qpass.convert a prepared model and compile that"
+        if not training and torch.is_autocast_enabled("cpu"):
+            return AUTOCAST
         if not training and (kind := _wrapped(example_inputs)):
             return f"its tensors are of {kind}, which only AOTAutograd takes apart, behind our capture"
         return ""

@@ -130,3 +130,25 @@ def test_the_report_of_a_model_that_dynamo_skips_says_so() -> None:
         compiled = torch.compile(Recurrent().eval(), backend=DYNAMIC)
         compiled(torch.randn(3, 2, 8))
         assert qpass.report(compiled).count("lowered", "quantized") == 1
+
+
+@torch.no_grad()
+def test_under_autocast_a_compiled_model_has_the_dtype_of_the_eager_one_and_says_why_it_is_float() -> None:
+    model = net()
+    converted = qpass.convert(qpass.prepare(model, (X,), config=int8_dynamic(compute_dtype=None)))
+    for one, backend in ((model, DYNAMIC), (converted, DYNAMIC), (converted, qpass.backend("int8_static"))):
+        compiled = torch.compile(one, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            results, messages = told(lambda one=one, compiled=compiled: (one(X), compiled(X), compiled(X)))
+        assert [result.dtype for result in results] == [torch.bfloat16] * 3
+        # bfloat16 keeps 8 bits, and the two sum 32 products in another order
+        torch.testing.assert_close(results[1], results[0], rtol=2**-7, atol=2**-6)
+        assert [message.split(": ")[1].split(",")[0] for message in messages] == ["torch.autocast is on"]
+        assert compiled(X).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_strict_refuses_autocast() -> None:
+    compiled = torch.compile(net(), backend=qpass.backend(int8_dynamic(compute_dtype=None), strict=True))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(BackendCompilerFailed, match=r"torch\.autocast is on"):
+        compiled(X)

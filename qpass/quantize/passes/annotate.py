@@ -121,7 +121,13 @@ class Annotate(Pass):
             own = self.seen.resolve(self.config, fused.root)
             if own.override_index != resolved.override_index and own.activation is None and own.weight is None:
                 raise NotAsked(override_reason(own))
-        dtypes = {source.meta["val"].dtype for source in (m.root, *(m.captures[name] for name in specs))}
+        result = m.root.meta["val"].dtype
+        operands = {m.captures[name].meta["val"].dtype for name in specs}
+        cast = operands == {torch.float32} and result in (torch.bfloat16, torch.float16)
+        require(not cast, f"torch.autocast in the model computes it in {dtype_name(result)}, and float32 is quantized")
+        dtypes = operands | {result}
+        complex_ones = sorted(dtype_name(dtype) for dtype in dtypes if dtype.is_complex)
+        require(not complex_ones, f"it computes in {', '.join(complex_ones)}, and complex numbers are not quantized")
         others = sorted(map(dtype_name, dtypes - {torch.float32}))
         require(not others, f"it computes in {', '.join(others)}; float32 is quantized: model.float() makes it so")
         island.check(m, constants)

@@ -113,7 +113,14 @@ def test_an_operation_under_autocast_is_left_to_it() -> None:
     for region in regions(gm):
         Annotate(STATIC, X86).run(region)
         reasons += [record.reason for record in records(region).values() if record.op == "linear"]
-    assert reasons == ["it computes in bfloat16; float32 is quantized: model.float() makes it so"]
+    assert reasons == ["torch.autocast in the model computes it in bfloat16, and float32 is quantized"]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_numbers_are_not_quantized(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    gm = annotated(nn.Linear(4, 4, dtype=dtype), torch.randn(3, 4, dtype=dtype))
+    assert records(gm)["linear"].reason == f"it computes in {name}, and complex numbers are not quantized"
 
 
 def test_weights_are_not_rounded_without_a_spec_for_weights() -> None:
