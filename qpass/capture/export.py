@@ -186,7 +186,7 @@ def _with_dynamic_batch(
         )
     several, more = resize_batch((args, keywords), batch, 2) if batch == 1 else fresh_tensors((args, keywords))
     try:
-        program = export_model(model, several, more, _batch_shapes((several, more)), trains)
+        program = export_model(model, several, more, batch_shapes((several, more)), trains)
     except CaptureError as error:
         traced = _from_program(export_model(model, args, keywords, None, trains))
         traced.notes.append(f"the batch size is fixed to {batch}: {error.what}")
@@ -254,7 +254,8 @@ def _export_one(
         return None, error.what
 
 
-def _batch_shapes(inputs: tuple[Any, Any]) -> ShapesCollection:
+def batch_shapes(inputs: tuple[Any, Any]) -> ShapesCollection:
+    """``dynamic_shapes`` that leave dimension 0 of every tensor open."""
     shapes = ShapesCollection()
     for x in tensors_of(inputs):
         if x.dim():

@@ -1,30 +1,34 @@
 """A model as qpass IR, for training: the graph of evaluation, with a mark on each operator that training changes.
 
 The model is traced in evaluation mode and once more in training mode. Both traces must be the same operators in the
-same order; what may differ is whether dropout drops and whose statistics a batch norm uses. A model that does anything
-else in training (an auxiliary loss, another branch) has no single graph, and is refused by the line where it differs.
+same order; what may differ is whether dropout drops, whose statistics a batch norm uses, and whether a random mask or
+noise is drawn and applied (`qpass.capture.branches`). A model that does anything else in training (an auxiliary loss,
+another layer) has no single graph, and is refused by the line where it differs.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ShapesCollection
 
+from qpass.capture.branches import insert_branches
 from qpass.capture.errors import refuse_model
-from qpass.capture.export import TRACING, capture, export_model
+from qpass.capture.export import TRACING, batch_shapes, capture, export_model
 from qpass.capture.inputs import example_of, fresh_tensors, resize_batch, tensors_of
 from qpass.capture.same import pair_operators
 from qpass.errors import CaptureError, InputError
 from qpass.ir.alias import aliased_inputs
+from qpass.ir.guard import symbol_of
 from qpass.ir.match import normalized, set_arguments
 from qpass.ir.modes import BY_MODE, DROPOUT, FLAGGED, ByMode, Mode
-from qpass.ir.regions import regions
+from qpass.ir.normalize import draws_random_numbers, functionalize_inplace
+from qpass.ir.regions import inline_set_grad, regions
 from qpass.ir.source import module_path, where
 from qpass.ir.text import target_name
 from qpass.torch_private import BatchNorm as _BatchNorm
@@ -71,10 +75,10 @@ def capture_training(
         )
     refuse_model(model)
     refuse_synchronized(model)
-    inputs = fresh_tensors(example_of(example_inputs, kwargs, model))
+    inputs = fresh_tensors(example := example_of(example_inputs, kwargs, model))
     with TRACING, modes_kept(model) as training:
         with own_backwards() as lost:
-            trains, held = trace_training(model, inputs)
+            trains, held = trace_training(model, several(inputs), None)
         if lost:
             warnings.warn(
                 f"qpass trains {', '.join(lost)} by the gradient of what its forward computes: a graph holds no "
@@ -83,10 +87,13 @@ def capture_training(
                 stacklevel=3,
             )
         model.eval()
+
+        def amend(gm: fx.GraphModule) -> None:
+            mark_modes(gm, trains, lambda: trace_again(gm, model, example, dynamic_shapes), model, training, held)
+
         return capture(
-            model, example_inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes,
-            amend=lambda gm: mark_modes(gm, trains, model, training, held), trains=True,
-        )  # fmt: skip
+            model, example_inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes, amend=amend, trains=True
+        )
 
 
 def refuse_synchronized(model: nn.Module) -> None:
@@ -132,35 +139,86 @@ def modes_kept(model: nn.Module) -> Iterator[dict[str, bool]]:
             module.training = flag
 
 
-def trace_training(model: nn.Module, inputs: tuple[Any, Any]) -> tuple[fx.GraphModule, set[str]]:
+def several(inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The inputs with a batch of 2 where theirs is 1."""
+    batch = next((x.shape[0] for x in tensors_of(inputs) if x.dim()), None)
+    return resize_batch(inputs, 1, 2) if batch == 1 else inputs
+
+
+def trace_training(
+    model: nn.Module, inputs: tuple[Any, Any], dynamic_shapes: Any
+) -> tuple[fx.GraphModule, set[str]]:
     """The trace in training mode, with batch norms in evaluation mode: their modules say what training changes.
 
     Besides, the paths of the modules that the model's own ``train()`` leaves in evaluation mode.
     """
-    batch = next((x.shape[0] for x in tensors_of(inputs) if x.dim()), None)
-    args, keywords = resize_batch(inputs, 1, 2) if batch == 1 else inputs
     model.train()
     held = {path for path, module in model.named_modules(remove_duplicate=False) if not module.training}
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-    return export_model(model, args, keywords, None, gradients=True).module(check_guards=False), held
+    return export_model(model, *inputs, dynamic_shapes, gradients=True).module(check_guards=False), held
+
+
+def trace_again(
+    gm: fx.GraphModule, model: nn.Module, example: tuple[Any, Any], dynamic_shapes: Any
+) -> fx.GraphModule:
+    """The trace in training mode with the symbolic sizes of ``gm``, the trace in evaluation mode.
+
+    Raises:
+        CaptureError: training fixes a size that evaluation leaves open.
+    """
+    inputs = example if isinstance(dynamic_shapes, ShapesCollection) else fresh_tensors(example)
+    if dynamic_shapes is None and any(map(symbol_of, input_sizes(gm))):
+        inputs = several(inputs)
+        dynamic_shapes = batch_shapes(inputs)
+    trains, _ = trace_training(model, inputs, dynamic_shapes)
+    model.eval()
+    for ours, theirs in zip(input_sizes(gm), input_sizes(trains), strict=True):
+        if symbol_of(ours) is not None and symbol_of(theirs) is None:
+            raise CaptureError(
+                f"the model takes inputs of any size in evaluation and only of size {theirs} in training",
+                where=type(model).__name__,
+                hint="write what it does in training for any size, or pass dynamic_shapes that fix the size",
+            )
+    return trains
+
+
+def input_sizes(gm: fx.GraphModule) -> list[int | torch.SymInt]:
+    """The sizes of all inputs of a trace, in order."""
+    vals = (node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder"))
+    return [size for val in vals if isinstance(val, torch.Tensor) for size in val.shape]
 
 
 def mark_modes(
-    gm: fx.GraphModule, trains: fx.GraphModule, model: nn.Module, training: Mapping[str, bool], held: Set[str]
-) -> None:
-    """Mark each operator of ``gm``, traced in evaluation, whose twin in ``trains`` has another flag."""
+    gm: fx.GraphModule, trains: fx.GraphModule, again: Callable[[], fx.GraphModule], model: nn.Module,
+    training: Mapping[str, bool], held: Set[str],
+) -> None:  # fmt: skip
+    """Mark each operator of ``gm``, traced in evaluation, whose twin in ``trains`` has another flag.
+
+    Where the two are not the same operators, ``again`` gives the trace whose random branches go into ``gm``.
+    """
     ours, theirs = set_aside_flags(gm), set_aside_flags(trains)
     twins, difference = pair_operators(gm, trains)
-    if difference is not None:
-        raise CaptureError(
-            f"the model computes something else in training than in evaluation: {target_name(difference)} "
-            "is there in one mode only, or on other operands",
-            where=where(difference),
-            hint="prepare the part that both modes share, and leave auxiliary branches to the training loop",
-        )
     modules = dict(model.named_modules(remove_duplicate=False))
+    if difference is not None:
+        for node, flag in ours.items():
+            set_flag(node, flag)
+        trains = again()
+        for trace in (gm, trains):
+            inline_set_grad(trace, trains=True)
+            functionalize_inplace(trace)
+        drawn = set(filter(draws_random_numbers, trains.graph.nodes))
+        ours, theirs = set_aside_flags(gm), set_aside_flags(trains)
+
+        def finish(node: fx.Node) -> None:
+            if node in theirs:
+                set_flag(node, theirs[node])
+
+        twins, drawing = insert_branches(gm, trains, drawn, finish)
+        for call, draw in drawing.items():
+            path = module_path(draw)
+            call.meta[BY_MODE] = Mode(training.get(path, model.training), alone=is_alone(modules.get(path)))
     for node, flag in ours.items():
         set_flag(node, flag)
         path = module_path(node)
@@ -187,8 +245,13 @@ def mark_modes(
             node.meta[BY_MODE] = Mode(trains_now, p=other)
             set_flag(node, other)
         else:
-            node.meta[BY_MODE] = Mode(trains_now, p=normalized(node)["p"])
+            node.meta[BY_MODE] = Mode(trains_now, p=normalized(node)["p"], alone=is_alone(owner))
             set_flag(node, True)
+
+
+def is_alone(module: nn.Module | None) -> bool:
+    """Whether a module of the model holds no other module and no tensors."""
+    return module is not None and not (module._modules or module._parameters or module._buffers)
 
 
 def set_aside_flags(gm: fx.GraphModule) -> dict[fx.Node, Any]:

@@ -51,7 +51,7 @@ class Editor:
 
     def numbered(self, name: str) -> str:
         """``name_0``, ``name_1``, ...: the next one, counting from the last one given, that is not taken."""
-        while hasattr(self.gm, numbered := f"{name}_{self._numbers[name]}"):
+        while _has(self.gm, numbered := f"{name}_{self._numbers[name]}"):
             self._numbers[name] += 1
         return numbered
 

@@ -61,6 +61,7 @@ class Mode:
         count: that tensor, which no operator of evaluation reads.
         held: the model's own ``train()`` leaves the module in evaluation mode.
         kind: the class of the model's batch norm module, None for a functional call.
+        alone: the model's module there holds nothing, so that the module of training may stand in its place.
     """
 
     training: bool
@@ -70,6 +71,7 @@ class Mode:
     count: Tensor | None = field(default=None, compare=False, repr=False)
     held: bool = False
     kind: type | None = field(default=None, compare=False, repr=False)
+    alone: bool = field(default=False, compare=False, repr=False)
 
 
 class ByMode(nn.Module):
@@ -99,6 +101,21 @@ class Dropout(ByMode):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, p={self.p}"
+
+
+class Branch(ByMode):
+    """``body(x, *others)`` in training, x itself in evaluation: what a model draws at random in training only.
+
+    Args:
+        body: a graph module of the operators that training runs, with a random draw among them.
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        return self.body(x, *others) if self.training else x
 
 
 class Attention(ByMode):

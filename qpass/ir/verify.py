@@ -1,6 +1,6 @@
 """The written spec of each stage, checked between passes.
 
-captured   float ATen, constants as ``get_attr``, fake values on every tensor node
+captured   float ATen, constants as ``get_attr``, fake values on every tensor node; for training a `Branch`
 prepared   + calls of observer modules, named ``activation_post_process_N``, and of what training changes, a `ByMode`
 quantized  no observer left; ``quantized_decomposed`` ops with positive, finite scales and zero points in range
 lowered    + kernels of a target; no other new operator
@@ -39,12 +39,13 @@ def _fault(node: fx.Node, stage: Stage) -> str:
     if node.op == "call_method":
         return "is a method call, and the graph holds operators only"
     if node.op == "call_module":
+        if stage == "captured" and is_by_mode(node):
+            return ""
         if stage != "prepared":
             return f"calls a sub-module, and a {stage} graph calls none"
         if str(node.target).rpartition(".")[2].startswith(OBSERVER_PREFIX):
             return ""
-        owner = node.graph.owning_module
-        if owner is not None and isinstance(owner.get_submodule(str(node.target)), ByMode):
+        if is_by_mode(node):
             return ""
         return f"calls a sub-module that is neither named {OBSERVER_PREFIX}N nor one of qpass.modes"
     if node.op != "call_function" or not isinstance(node.target, torch_private.OpOverload):
@@ -57,6 +58,12 @@ def _fault(node: fx.Node, stage: Stage) -> str:
     if "val" not in node.meta and node.target._schema.returns:
         return 'has no meta["val"]'
     return ""
+
+
+def is_by_mode(node: fx.Node) -> bool:
+    """Whether a node calls what training changes."""
+    owner = node.graph.owning_module
+    return node.op == "call_module" and owner is not None and isinstance(owner.get_submodule(str(node.target)), ByMode)
 
 
 def _qparams_fault(node: fx.Node) -> str:

@@ -1,4 +1,4 @@
-"""Put in what training does differently: dropout, and batch norms by the statistics of the batch."""
+"""Put in what training does differently: dropout, random branches, and batch norms by the statistics of the batch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from qpass.ir.modes import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    Branch,
     ByMode,
     Dropout,
     Flagged,
@@ -30,6 +31,7 @@ from qpass.ir.modes import (
     FoldFactor,
     Mode,
 )
+from qpass.ir.source import module_path
 from qpass.quantize.passes.annotate import FOLD
 from qpass.quantize.passes.insert_observers import is_observer
 from qpass.quantize.passes.set_dropout_aside import ASIDE, Aside
@@ -52,7 +54,8 @@ class InsertModes(Pass):
             norm(conv(x, fq(w1), b1), gamma, beta, mean, var, count, f, enabled)
 
     where ``enabled`` is the ``fake_quant_enabled`` of ``fq``, and ``norm`` stands where the model's stood. One
-    that is not folded becomes ``norm`` alone, and a functional one ``batch_norm_0``. `RemoveModes` is the inverse.
+    that is not folded becomes ``norm`` alone, and a functional one ``batch_norm_0``. What is random stands where the
+    model's module stood, too, or is ``dropout_0`` below the module that calls it. `RemoveModes` is the inverse.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -60,7 +63,7 @@ class InsertModes(Pass):
         moved: dict[fx.Node, fx.Node] = {}
         aside = gm.meta.pop(ASIDE, [])
         for entry in aside:
-            moved[entry.node] = put_back(entry, moved.get(entry.source, entry.source), edit)
+            moved[entry.node] = put_back(entry, moved, edit)
         calls = Counter(node.target for node in gm.graph.nodes if is_observer(node))
         shared = {target for target, count in calls.items() if count > 1}
         marked = [(node, mode) for node in gm.graph.nodes if (mode := node.meta.pop(BY_MODE, None)) is not None]
@@ -68,6 +71,8 @@ class InsertModes(Pass):
             if node.target in DROPOUT:
                 source = normalized(node)["input"]
                 replace(node, dropout_of(node, mode), "dropout", (source,), edit, mode)
+            elif node.op == "call_module":
+                replace(node, branch_of(node, edit.gm), "branch", node.args, edit, mode)
             elif node.target is aten.scaled_dot_product_attention.default:
                 given = normalized(node)
                 del given["dropout_p"]
@@ -107,8 +112,12 @@ class InsertModes(Pass):
         call(bn, norm, (conv, *affine, *statistics, count, factor, enabled), edit)
 
 
-def put_back(aside: Aside, source: fx.Node, edit: Editor) -> fx.Node:
-    """Insert what was set aside: behind the fake-quantize where its readers have one in common, else before them."""
+def put_back(aside: Aside, moved: dict[fx.Node, fx.Node], edit: Editor) -> fx.Node:
+    """Insert what was set aside: behind the fake-quantize where its readers have one in common, else before them.
+
+    ``moved``: what stands for the nodes that were put back already.
+    """
+    source = moved.get(aside.source, aside.source)
     place: dict[str, Any] = {"like": aside.node, "before": aside.following}
     readers: dict[fx.Node, list[fx.Node]] = {}
     for user in aside.users:
@@ -119,8 +128,13 @@ def put_back(aside: Aside, source: fx.Node, edit: Editor) -> fx.Node:
     if aside.mode is None:
         call = edit.call(DETACH, shared, val=shared.meta.get("val"), **place)
     else:
-        module = dropout_of(aside.node, aside.mode)
-        call = insert(module, "dropout", (shared,), edit, aside.mode, val=shared.meta.get("val"), **place)
+        others = (still_there(moved.get(other, other), edit) for other in aside.others)
+        module, kind = (
+            (dropout_of(aside.node, aside.mode), "dropout") if aside.node.target in DROPOUT
+            else (branch_of(aside.node, edit.gm), "branch")
+        )  # fmt: skip
+        name = add(module, kind, aside.node, edit, aside.mode)
+        call = edit.module(name, shared, *others, val=shared.meta.get("val"), **place)
     for read, users in readers.items():
         new = call
         if read is not shared:
@@ -156,6 +170,21 @@ def dropout_of(node: fx.Node, mode: Mode) -> Dropout:
     return Dropout(DROPOUT[node.target], mode.p)
 
 
+def branch_of(node: fx.Node, gm: fx.GraphModule) -> Branch:
+    """A `Branch` that does what the one that capture made does."""
+    made = gm.get_submodule(str(node.target))
+    assert isinstance(made, Branch)
+    return Branch(made.body)
+
+
+def still_there(node: fx.Node, edit: Editor) -> fx.Node:
+    """A node, or another of the same constant where nothing read it meanwhile."""
+    if not node._erased:
+        return node
+    value, first = get_constant(edit.gm, str(node.target)), next(iter(edit.graph.nodes))
+    return edit.attribute(str(node.target), like=node, before=first, value=value)
+
+
 def count_of(bn: fx.Node, mode: Mode, edit: Editor) -> fx.Node | None:
     """The ``num_batches_tracked`` of a batch norm, under the name that it has in the model."""
     if not mode.tracked or mode.count is None:
@@ -167,16 +196,34 @@ def count_of(bn: fx.Node, mode: Mode, edit: Editor) -> fx.Node | None:
 
 
 def insert(module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, mode: Mode, **place: Any) -> fx.Node:
-    """Insert the call of a new sub-module."""
-    return edit.module(add(module, name, edit, mode), *arguments, **place)
-
-
-def add(module: ByMode, name: str, edit: Editor, mode: Mode) -> str:
-    """Add a sub-module, which is in the mode that the model's own is in; its name."""
+    """Insert the call of a new sub-module that the model has no counterpart of."""
     name = edit.numbered(name)
     edit.gm.add_module(name, module.train(mode.training))
     module.held = mode.held
+    return edit.module(name, *arguments, **place)
+
+
+def add(module: ByMode, kind: str, node: fx.Node, edit: Editor, mode: Mode) -> str:
+    """Add a sub-module, which is in the mode that the model's own is in; its name.
+
+    It stands where the model's stood, if that held nothing else, and serves each call of that. Else it is
+    ``kind_0`` below the module that called the operator ``node``, and whatever sets the mode of that sets its own.
+    """
+    path = module_path(node)
+    there = find(edit.gm, path) if mode.alone else None
+    if isinstance(there, Dropout) and isinstance(module, Dropout) and str(there) == str(module):
+        return path
+    name = path if mode.alone and there is None else edit.numbered(f"{path}.{kind}" if path else kind)
+    if not edit.gm.add_submodule(name, module.train(mode.training)):
+        name = edit.numbered(kind)  # a tensor has that name
+        edit.gm.add_module(name, module)
+    module.held = mode.held
     return name
+
+
+def find(gm: fx.GraphModule, path: str) -> nn.Module | None:
+    """The sub-module at a dotted path, None where there is none."""
+    return dict(gm.named_modules()).get(path)
 
 
 def norm_of(bn: fx.Node, mode: Mode, edit: Editor) -> str:
@@ -192,7 +239,7 @@ def norm_of(bn: fx.Node, mode: Mode, edit: Editor) -> str:
         return path
     kind = next((own for theirs, own in OWN if mode.kind is not None and issubclass(mode.kind, theirs)), None)
     if not path or kind is None or type(there) is not nn.Module:
-        return add(BatchNorm(given["eps"], mode.momentum), "batch_norm", edit, mode)
+        return add(BatchNorm(given["eps"], mode.momentum), "batch_norm", bn, edit, mode)
     module = kind(given["eps"], mode.momentum)
     take_over(module, there)
     for name in ("weight", "bias"):
@@ -215,4 +262,4 @@ def call(bn: fx.Node, name: str, arguments: tuple[Any, ...], edit: Editor) -> No
 
 def replace(node: fx.Node, module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, mode: Mode) -> None:
     """Put the call of a new sub-module in the place of an operator."""
-    call(node, add(module, name, edit, mode), arguments, edit)
+    call(node, add(module, name, node, edit, mode), arguments, edit)

@@ -13,7 +13,7 @@ from qpass.ir.edit import Editor, holder, replace_submodule
 from qpass.ir.frame import Pass
 from qpass.ir.gradient import stopped
 from qpass.ir.match import set_arguments
-from qpass.ir.modes import Attention, BatchNorm, ByMode, Dropout, Flagged, FoldedBias, FoldedWeight, FoldFactor
+from qpass.ir.modes import Attention, BatchNorm, Branch, ByMode, Dropout, Flagged, FoldedBias, FoldedWeight, FoldFactor
 
 aten = torch.ops.aten
 
@@ -40,7 +40,8 @@ class RemoveModes(Pass):
                 drop_bias(node)
         for node, _ in reversed(found):  # readers first
             gm.graph.erase_node(node)
-        for name in dict.fromkeys(str(node.target) for node, _ in found):
+        names = dict.fromkeys(str(node.target) for node, _ in found)
+        for name in sorted(names, key=lambda name: -name.count(".")):  # one may stand below another
             module = gm.get_submodule(name)
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 replace_submodule(gm, name, holder(module))
@@ -49,7 +50,7 @@ class RemoveModes(Pass):
         return len(found) + drop_detach(gm)
 
     def _plain(self, node: fx.Node, module: ByMode, edit: Editor) -> Any:
-        if isinstance(module, Dropout | FoldedWeight | FoldedBias):
+        if isinstance(module, Dropout | Branch | FoldedWeight | FoldedBias):
             return node.args[0]
         if isinstance(module, FoldFactor):
             return None

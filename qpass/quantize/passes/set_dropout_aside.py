@@ -1,4 +1,7 @@
-"""Take dropout and ``detach`` out of a graph while it is decided what to quantize, and remember where they were."""
+"""Take dropout, other random branches and ``detach`` out of a graph while it is decided what to quantize.
+
+Where they were is remembered.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,19 @@ from qpass.ir.gradient import stopped
 from qpass.ir.modes import BY_MODE, DROPOUT, Mode
 
 ASIDE = "qpass_aside"
-"""``gm.meta`` key: the `Aside` of each dropout taken out, in the order in which they draw random numbers."""
+"""``gm.meta`` key: the `Aside` of each node taken out, in the order in which they draw random numbers."""
 
 
 @dataclass(frozen=True)
 class Aside:
-    """What was taken out: its own node, what it read, who read it, the node behind it, and the mode of a dropout."""
+    """What was taken out: its own node, what it read, who read it, the node behind it, and the mode of what is random.
+
+    A `Branch` may read ``others`` beside the value that it changes.
+    """
 
     node: fx.Node
     source: fx.Node
+    others: tuple[fx.Node, ...]
     users: tuple[fx.Node, ...]
     following: fx.Node
     mode: Mode | None
@@ -31,8 +38,8 @@ class SetDropoutAside(Pass):
     """``add(dropout(linear(x, w)), y)  ->  add(linear(x, w), y)``, as evaluation runs it
 
     So what is fused and quantized in training is what is fused and quantized later. `InsertModes` puts it back. A
-    dropout stays where a reader of its result reads its source too, since the two could not be told apart again.
-    A ``detach`` is treated alike.
+    dropout stays where a reader of its result reads its source too, since the two could not be told apart again; a
+    `Branch` also where nothing else reads what it computes with. A ``detach`` is treated alike.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -41,13 +48,15 @@ class SetDropoutAside(Pass):
         stops = {node for node in stopped(gm.graph) if node not in kept}
         for node in reversed(gm.graph.nodes):
             mode = node.meta.get(BY_MODE)
-            if node not in stops and (mode is None or node.target not in DROPOUT):
+            if node not in stops and (mode is None or not (node.target in DROPOUT or node.op == "call_module")):
                 continue
-            source: fx.Node = node.all_input_nodes[0]
+            source, *others = node.all_input_nodes
             users = tuple(node.users)
             if not users or any(source in user.all_input_nodes for user in users):
                 continue
-            aside.append(Aside(node, source, users, node.next, mode))
+            if any(len(other.users) == 1 and other.op == "call_function" for other in others):
+                continue
+            aside.append(Aside(node, source, tuple(others), users, node.next, mode))
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
         if aside:
