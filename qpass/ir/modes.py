@@ -103,21 +103,6 @@ class Dropout(ByMode):
         return f"{self.kind}, p={self.p}"
 
 
-class Branch(ByMode):
-    """``body(x, *others)`` in training, x itself in evaluation: what a model draws at random in training only.
-
-    Args:
-        body: a graph module of the operators that training runs, with a random draw among them.
-    """
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        return self.body(x, *others) if self.training else x
-
-
 class Attention(ByMode):
     """``scaled_dot_product_attention`` whose probabilities are dropped with probability `dropout_p` in training."""
 
@@ -126,19 +111,13 @@ class Attention(ByMode):
         self.dropout_p = dropout_p
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        p = self.dropout_p if self.training else 0.0
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, self.dropout_p if self.training else 0.0, is_causal,
-            scale=scale, enable_gqa=enable_gqa,
-        )  # fmt: skip
+            query, key, value, attn_mask, p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
 
     def extra_repr(self) -> str:
         return f"dropout_p={self.dropout_p}"

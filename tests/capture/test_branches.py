@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from interpret import operators
 from qpass.capture.training import capture_training
 from qpass.errors import CaptureError
-from qpass.ir.modes import BY_MODE, Branch, Mode
+from qpass.ir.branch import Branch
+from qpass.ir.modes import BY_MODE, Mode
 from road import Do
 
 X = torch.randn(4, 6)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qpass.ir.branch import Branch
 from qpass.ir.edit import Editor, free_name, get_constant, replace_submodule, set_constant, take_over
 from qpass.ir.frame import Pass
 from qpass.ir.gradient import DETACH
@@ -22,7 +23,6 @@ from qpass.ir.modes import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
-    Branch,
     ByMode,
     Dropout,
     Flagged,

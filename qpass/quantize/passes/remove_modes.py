@@ -9,11 +9,12 @@ import torch
 from torch import fx, nn
 
 from qpass.ir.alias import written
+from qpass.ir.branch import Branch
 from qpass.ir.edit import Editor, holder, replace_submodule
 from qpass.ir.frame import Pass
 from qpass.ir.gradient import stopped
 from qpass.ir.match import set_arguments
-from qpass.ir.modes import Attention, BatchNorm, Branch, ByMode, Dropout, Flagged, FoldedBias, FoldedWeight, FoldFactor
+from qpass.ir.modes import Attention, BatchNorm, ByMode, Dropout, Flagged, FoldedBias, FoldedWeight, FoldFactor
 
 aten = torch.ops.aten
 
