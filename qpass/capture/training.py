@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram, ShapesCollection
 
 from qpass.capture.branches import insert_branches
+from qpass.capture.choices import choices_refused, decided_by_value, warn_of_regions
 from qpass.capture.errors import refuse_model
 from qpass.capture.export import TRACING, batch_shapes, capture, export_model
 from qpass.capture.inputs import example_of, fresh_tensors, resize_batch, tensors_of
@@ -77,8 +78,12 @@ def capture_training(
     refuse_synchronized(model)
     inputs = fresh_tensors(example := example_of(example_inputs, kwargs, model))
     with TRACING, modes_kept(model) as training:
-        with own_backwards() as lost:
-            trains, held = trace_training(model, several(inputs), None)
+        with own_backwards() as lost, choices_refused(type(model).__name__):
+            try:
+                trains, held = trace_training(model, several(inputs), None)
+            except CaptureError as error:
+                export_model(model.eval(), *several(inputs), None)  # this trace fails alike, or training is at fault
+                raise (decided_by_value(error) if "data-dependent" in str(error) else error) from error.__cause__
         if lost:
             warnings.warn(
                 f"qpass trains {', '.join(lost)} by the gradient of what its forward computes: a graph holds no "
@@ -91,9 +96,9 @@ def capture_training(
         def amend(gm: fx.GraphModule) -> None:
             mark_modes(gm, trains, lambda: trace_again(gm, model, example, dynamic_shapes), model, training, held)
 
-        return capture(
-            model, example_inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes, amend=amend, trains=True
-        )
+        gm = capture(model, example_inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes, amend=amend, trains=True)
+    warn_of_regions(gm)
+    return gm
 
 
 def refuse_synchronized(model: nn.Module) -> None:

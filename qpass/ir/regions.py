@@ -203,13 +203,19 @@ def _sink(gm: fx.GraphModule, call: fx.Node, operands: _Operands) -> list[fx.Nod
     return moved
 
 
+def without_gradient(gm: fx.GraphModule) -> list[fx.Node]:
+    """The calls of ``cond``, ``while_loop`` and the like that no gradient passes: a body holds constants."""
+    found = ((node, operands_of(gm, node)) for node in gm.graph.nodes)
+    return [
+        node for node, operands in found
+        if operands is not None and node.target.name() in _LISTED and any(map(_holds_constants, operands.bodies))
+    ]  # fmt: skip
+
+
 def _detach_operands(gm: fx.GraphModule) -> None:
     """``cond(p, a, b, (x,))  ->  cond(p, a, b, (detach(x),))`` where a, b or a region in them holds constants."""
     editor = Editor(gm, "sink_constants")
-    for call in gm.graph.nodes:
-        operands = operands_of(gm, call)
-        if operands is None or call.target.name() not in _LISTED or not any(map(_holds_constants, operands.bodies)):
-            continue
+    for call in without_gradient(gm):
         for source in call.all_input_nodes:
             val = source.meta.get("val")
             if isinstance(val, torch.Tensor) and val.is_floating_point() and source.target is not DETACH:
