@@ -140,6 +140,9 @@ def _take_inputs(
     graph = region.graph
     values = {key: node.meta.get("val") for node, key in reads}
     placeholders = graph.find_nodes(op="placeholder")
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for placeholder in placeholders:  # what reads constants alone may stand before an input
+        first.prepend(placeholder)
     inputs: dict[Key, fx.Node] = {}
     with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before(next(iter(graph.nodes))):
         for key in reversed(keys):  # each is inserted right after the last old placeholder

@@ -204,11 +204,12 @@ def resolve_compute_dtype(config: Config) -> torch.dtype | None:
     Fast means that oneDNN takes bfloat16 and the CPU has AVX512-BF16 or AMX instructions for it.
     """
     if config.compute_dtype == "auto":
-        return torch.bfloat16 if _bfloat16_is_fast() else None
+        return torch.bfloat16 if bfloat16_is_fast() else None
     return _DTYPES.get(config.compute_dtype) if isinstance(config.compute_dtype, str) else config.compute_dtype
 
 
-def _bfloat16_is_fast() -> bool:
+def bfloat16_is_fast() -> bool:
+    """Whether this CPU multiplies bfloat16 by instructions of its own, and torch uses them."""
     if not torch.backends.mkldnn.is_available() or not torch_private.is_mkldnn_bf16_supported():
         return False
     return torch_private.is_avx512_bf16_supported() or torch_private.is_amx_tile_supported()

@@ -45,6 +45,10 @@ class Kernel:
         """
         return Output(m.output)
 
+    def note(self, m: IslandMatch) -> str:
+        """What the report says of this kernel here besides its name, or ""; asked of a quantized graph."""
+        return ""
+
 
 def _nothing_missing() -> str:
     return ""

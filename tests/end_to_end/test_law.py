@@ -34,7 +34,7 @@ CONFIGS: dict[str, Config] = {
     "static, bfloat16": int8_static(compute_dtype=torch.bfloat16),
     "per token": PER_TOKEN,
     "per tensor, bfloat16": int8_dynamic("tensor", compute_dtype=torch.bfloat16),
-    "weight only": int8_weight_only(compute_dtype=None),
+    "weight only": int8_weight_only(compute_dtype=torch.bfloat16),
 }
 CONVOLUTIONAL = ("resnet50", "mobilenet_v2", "audio_conv")  # dynamic configurations quantize one linear of each
 CASES = [(name, config) for config in CONFIGS for name in MODELS if "static" in config or name not in CONVOLUTIONAL]
@@ -91,7 +91,8 @@ def test_lowering_costs_no_accuracy(name: str, config: str) -> None:
     batches = [fresh_inputs(inputs, seed) for seed in (5, 6)]
     reference, result = qpass.sqnr(model, quantized, batches), qpass.sqnr(model, lowered, batches)
     assert reference > 20  # these models lie at 26 to 39 dB; one wrong scale brings them below 6
-    assert abs(result - reference) < 0.5
+    # A weight alone: each kernel rounds its sum to bfloat16 once more, which costs these models up to 0.6 dB.
+    assert abs(result - reference) < (1 if config == "weight only" else 0.5)
 
 
 # The judge is judged: it must notice an error of one part in two thousand, and of one weight's code.

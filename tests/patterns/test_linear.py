@@ -12,8 +12,9 @@ from interpret import operators
 from qpass.presets import int8_static, int8_weight_only
 from qpass.spec import PerChannel, PerTensor, PerToken, QuantizationSpec
 from qpass.spec.config import Config
-from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, decisions, kernel_names, reason, road
+from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_BFLOAT16, WEIGHT_ONLY, Do, decisions, kernel_names, reason, road
 
+CONFIGS = [STATIC, PER_TENSOR, PER_TOKEN, WEIGHT_BFLOAT16]
 INT8_WEIGHT = QuantizationSpec(torch.int8, PerChannel(0))
 
 
@@ -98,31 +99,20 @@ return [qlinear_pointwise_tensor]"""
     )
 
 
-def test_weight_only() -> None:
+def test_a_weight_alone_in_float32_is_dequantized_and_the_report_says_so() -> None:
+    """The packed kernel multiplies float32 rows in scalar code, at a quarter of the speed of float32 or less."""
     r = road(linear(), torch.randn(4, 16), config=WEIGHT_ONLY)
     assert (
-        operators(r.quantized)
+        operators(r.lowered)
+        == operators(r.quantized)
         == """\
 dequantize_per_channel = dequantize_per_channel(codes(weight), 0, -127, 127, int8)
 input_1 = input
 linear = linear(input_1, dequantize_per_channel, bias)
 return [linear]"""
     )
-    assert (
-        operators(r.lowered)
-        == """\
-input_1 = input
-inductor_force_stride_order = prims.inductor_force_stride_order(input_1, [16, 1])
-_weight_int8pack_mm = _weight_int8pack_mm(inductor_force_stride_order, weight_codes, weight_scale)
-add_tensor = add.Tensor(_weight_int8pack_mm, bias)
-return [add_tensor]"""
-    )
-
-
-def test_weight_only_of_rows_that_are_not_contiguous() -> None:
-    r = road(linear(), torch.randn(16, 4).t(), config=WEIGHT_ONLY)
-    assert kernel_names(r.lowered) == ["aten._weight_int8pack_mm"]
-    road(linear(), torch.randn(4, 3, 32)[:, :, ::2], config=WEIGHT_ONLY)
+    why = "slower than in float: its rows are not rounded to bfloat16"
+    assert kernel_names(r.lowered) == [f"linear on a dequantized weight {why}"]
 
 
 def test_weight_only_in_groups() -> None:
@@ -140,7 +130,7 @@ return [linear]"""
     assert kernel_names(r.lowered) == ["linear on a dequantized weight"]
 
 
-@pytest.mark.parametrize("config", [STATIC, PER_TENSOR, PER_TOKEN, WEIGHT_ONLY], ids=["static", "tensor", "token", "w"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["static", "tensor", "token", "w"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(16,), (4, 16), (2, 3, 16), (2, 3, 5, 16)], ids=["1d", "2d", "3d", "4d"])
 def test_inputs_of_every_rank(shape: tuple[int, ...], bias: bool, config: Config) -> None:
@@ -149,13 +139,15 @@ def test_inputs_of_every_rank(shape: tuple[int, ...], bias: bool, config: Config
     assert len(kernel_names(r.lowered)) == 1
 
 
-@pytest.mark.parametrize("config", [STATIC, PER_TENSOR, PER_TOKEN, WEIGHT_ONLY], ids=["static", "tensor", "token", "w"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["static", "tensor", "token", "w"])
 def test_the_batch_size_of_the_example_is_not_baked_in(config: Config) -> None:
     r = road(linear(), torch.randn(4, 3, 16), config=config)
     for batch in (1, 2, 7):
         x = torch.randn(batch, 3, 16)
         # 16 products of values below 4 with weights below 1/4, in another order of sums: errors below 32 * 2**-24 * 4.
-        torch.testing.assert_close(r.lowered(x), r.quantized(x), atol=1e-5, rtol=0)
+        # A weight alone: the sum, of values below 4, is rounded to bfloat16.
+        atol = 2**-8 * 4 if config is WEIGHT_BFLOAT16 else 1e-5
+        torch.testing.assert_close(r.lowered(x), r.quantized(x), atol=atol, rtol=0)
 
 
 ACTIVATIONS: list[tuple[str, Callable[[Tensor], Tensor]]] = [

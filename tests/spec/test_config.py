@@ -123,7 +123,7 @@ def test_a_compute_dtype_may_be_given_by_name(name: str) -> None:
 
 def test_auto_compute_dtype_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for fast, expected in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(config_module, "_bfloat16_is_fast", lambda fast=fast: fast)
+        monkeypatch.setattr(config_module, "bfloat16_is_fast", lambda fast=fast: fast)
         assert resolve_compute_dtype(Config(compute_dtype="auto")) == expected
         assert resolve_compute_dtype(Config(compute_dtype=torch.float16)) == torch.float16
         assert resolve_compute_dtype(Config()) is None

@@ -9,6 +9,8 @@ reference multiplies float32 values and rounds at every step. So each island is 
 the same codes, as the judge of both. With ``m`` the sum of the magnitudes of all terms and ``u = 2**-24``:
 
 - a kernel's float result lies within ``8 u m`` of the judge's (conversion, two scales, bias, sum, the activation);
+- where rows of bfloat16 meet a weight of codes, the sum of products is rounded to bfloat16 and added up in float32, so
+  ``2**-8`` of that sum and ``K u m`` come on top;
 - codes are equal, except where the judge's value lies within both errors, ``8 u m + (K + 8) u m`` for a reference that
   adds K products, of the point where two codes meet; there they may differ by one.
 """
@@ -30,6 +32,7 @@ from qpass.ir.text import target_name
 from qpass.islands.qdq import Pair, as_dequantize, as_quantize, cast_of
 from qpass.quantize.lower import pipeline
 from qpass.quantize.passes.annotate import ISLAND
+from qpass.quantize.passes.assign_compute_dtype import ROWS
 from qpass.quantize.passes.carry_codes import CarryCodes
 from qpass.spec import PerChannel, PerGroup
 from qpass.targets import X86
@@ -109,6 +112,7 @@ class _Judge:
         self.exact: dict[fx.Node, Tensor] = {}
         self.magnitude: dict[fx.Node, Tensor] = {}
         self.products: dict[fx.Node, int] = {}
+        self.rounded_sums: dict[fx.Node, Tensor] = {}
         for node in known:
             if as_dequantize(node) is not None:
                 self.exact[node] = _dequantized(as_dequantize(node), known)
@@ -123,6 +127,14 @@ class _Judge:
             self.magnitude[node] = self.magnitude[node.args[0]] * SLOPE
         else:
             self.magnitude[node] = self._run(node, self.magnitude, torch.abs)
+        rows = cast_of(node.args[ROWS[node.target][0]], torch.float32) if node.target in ROWS else None
+        if rows is not None and self.known[rows].dtype == torch.bfloat16:
+            self.rounded_sums[node] = self._without_bias(node).abs()
+
+    def _without_bias(self, node: fx.Node) -> Tensor:
+        place = 0 if node.target is aten.addmm.default else 2
+        bias = node.args[place] if len(node.args) > place and isinstance(node.args[place], fx.Node) else None
+        return self.exact[node] if bias is None else self.exact[node] - self.known[bias].double()
 
     def _run(self, node: fx.Node, table: dict[fx.Node, Tensor], absolute: Callable[[Tensor], Tensor]) -> Tensor:
         def value(source: fx.Node) -> Any:
@@ -152,13 +164,13 @@ class _Judge:
             assert not differs.any(), f"{kernel} differs from {node.name}, which it must repeat"
             return Compared(kernel, result.numel(), 0)
         exact, magnitude = self.exact[source], self.magnitude[source]
-        own = KERNEL + (self.products[source] if kernel == "_weight_int8pack_mm" else 0)
+        own = KERNEL + (self.products[source] if source in self.rounded_sums else 0)
         if pair is not None:
             both = (own + self.products[source] + 8) * U * magnitude / pair.qparams.scale
             self._codes_meet(kernel, node, result, exact / pair.qparams.scale, both, differs)
         else:
             step = torch.finfo(result.dtype).eps / 2 if result.dtype != torch.float32 else 0.0
-            bound = own * U * magnitude + step * exact.abs()
+            bound = own * U * magnitude + step * exact.abs() + 2.0**-8 * self.rounded_sums.get(source, 0.0)
             worst = ((result.double() - exact).abs() / bound.clamp(min=1e-300)).max()
             assert worst <= 1, f"{kernel} is {worst:.2f} of its bound away from {node.name}"
         return Compared(kernel, result.numel(), int(differs.sum()))

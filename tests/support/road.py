@@ -24,6 +24,7 @@ STATIC = int8_static(compute_dtype=None)
 PER_TOKEN = int8_dynamic("token", compute_dtype=None)
 PER_TENSOR = int8_dynamic("tensor", compute_dtype=None)
 WEIGHT_ONLY = int8_weight_only(compute_dtype=None)
+WEIGHT_BFLOAT16 = int8_weight_only(compute_dtype=torch.bfloat16)
 
 
 class Do(nn.Module):

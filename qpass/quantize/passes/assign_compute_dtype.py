@@ -17,6 +17,8 @@ from qpass.islands.float_range import beyond, exceeds, read_exactly, whole_numbe
 from qpass.islands.views import carried
 from qpass.quantize.passes.annotate import ISLAND
 from qpass.quantize.passes.expand_attention import EXPAND, may_expand
+from qpass.quantize.passes.insert_observers import is_observer
+from qpass.spec import PerChannel
 
 aten = torch.ops.aten
 COMPUTE_DTYPE = "qpass_compute_dtype"
@@ -25,6 +27,8 @@ BEYOND = "qpass_beyond"
 """``meta`` key: finite values may lie beyond the largest number of that dtype, as those of a mask that is full of the
 smallest float32; a cast brings them to that number, since an infinity in their place makes NaN of a row that is all
 masked. Infinities stay."""
+ROUNDED_ROWS = "qpass_rounded_rows"
+"""``meta`` key on a product whose weight alone is quantized: the dtype that its rows are rounded to."""
 AS_IT_COMES = "as it comes"
 """Instead of a dtype: the operation moves values and takes them in whichever dtype they have."""
 
@@ -52,6 +56,11 @@ RELATIVE: frozenset[Any] = frozenset({
 })  # fmt: skip
 """Operations whose result may be rounded although an operand holds whole numbers: the error is as large as the other
 operand's, or the result is small."""
+
+ROWS = {
+    aten.linear.default: (0, 1), aten.matmul.default: (0, 1), aten.mm.default: (0, 1), aten.addmm.default: (1, 2),
+}  # fmt: skip
+"""Products of rows and a stored weight: the places of both among the arguments."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,9 @@ class AssignComputeDtype(Pass):
                     node.meta[COMPUTE_DTYPE] = torch.float32
                 continue
             if ISLAND in node.meta:
+                rows = _rows_of_weight_alone(gm, node) if self.dtype == torch.bfloat16 else None
+                if rows is not None and node not in exact and rows not in whole and rows not in changing:
+                    node.meta[ROUNDED_ROWS] = self.dtype
                 if node not in changing:
                     low.add(node)
                 node.meta[COMPUTE_DTYPE] = torch.float32
@@ -112,6 +124,25 @@ class AssignComputeDtype(Pass):
             return True
         follows = node.target in FOLLOWS or bool(carried(node)) or getattr(node.target, "__name__", "") == "getitem"
         return follows and any(source in low for source in node.all_input_nodes) and not exceeds(node, self.dtype)
+
+
+def _rows_of_weight_alone(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The float input of a product whose weight alone is rounded, per output channel; None for any other operation."""
+    if node.target not in ROWS:
+        return None
+    x, w = (node.args[place] for place in ROWS[node.target])
+    assert isinstance(x, fx.Node)
+    assert isinstance(w, fx.Node)
+    sources = [x]
+    while sources:  # an observer may stand in front of what moves values
+        source = sources.pop()
+        if is_observer(source):
+            return None
+        sources += carried(source)
+    if not is_observer(w):
+        return None
+    observer: Any = gm.get_submodule(str(w.target))
+    return x if isinstance(observer.spec.granularity, PerChannel) else None
 
 
 def _is_float32(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ from qpass.ir.frame import Pass
 from qpass.ir.strides import stand_for
 from qpass.islands.qdq import CHOOSE, as_quantize
 from qpass.quantize.passes.annotate import ISLAND
-from qpass.quantize.passes.assign_compute_dtype import AS_IT_COMES, BEYOND, COMPUTE_DTYPE
+from qpass.quantize.passes.assign_compute_dtype import AS_IT_COMES, BEYOND, COMPUTE_DTYPE, ROUNDED_ROWS, ROWS
 
 aten = torch.ops.aten
 Casts = dict[tuple[fx.Node, torch.dtype, fx.Node | None], fx.Node]
@@ -49,6 +49,11 @@ class CastComputeDtype(Pass):
                     node.replace_input_with(source, cast_for(node, source, originals[source]))
             if node.op != "call_function" or wanted is None:
                 continue
+            rounded = node.meta.pop(ROUNDED_ROWS, None)
+            rows = node.args[ROWS[node.target][0]] if rounded is not None else None
+            if isinstance(rows, fx.Node) and _dtype(rows) == torch.float32:
+                node.replace_input_with(rows, cast := cast_for(node, rows, rounded))
+                changed.add(cast)
             for source in node.all_input_nodes if wanted is not AS_IT_COMES else ():
                 if _dtype(source) in FLOATS and _dtype(source) != wanted:
                     node.replace_input_with(source, cast := cast_for(node, source, wanted))

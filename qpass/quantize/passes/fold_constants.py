@@ -13,7 +13,7 @@ from qpass.ir.edit import Editor
 from qpass.ir.frame import Pass
 from qpass.ir.origins import Derived
 from qpass.ir.source import module_path
-from qpass.islands.qdq import DEQUANTIZE
+from qpass.islands.qdq import DEQUANTIZE, cast_of
 
 _GROWS = {*DEQUANTIZE, torch.ops.aten.expand.default}
 
@@ -22,8 +22,9 @@ _GROWS = {*DEQUANTIZE, torch.ops.aten.expand.default}
 class FoldConstants(Pass):
     """``f(parameter)  ->  constant``, for the outermost such expressions; how it was derived is remembered
 
-    Dequantization of stored codes is an expression too, but is never folded: it would store the float weight again.
-    Nor is a mere view of a parameter, which costs nothing, and whose memory would be the parameter's.
+    Dequantization of stored codes, or a cast of them, is an expression too, but is never folded: it would store the
+    float weight again. Nor is a mere view of a parameter, which costs nothing, and whose memory would be the
+    parameter's.
     """
 
     def run(self, gm: fx.GraphModule) -> int:
@@ -34,7 +35,7 @@ class FoldConstants(Pass):
         for node in list(gm.graph.nodes):
             if node.op != "call_function" or node not in constants:
                 continue
-            if node.target in _GROWS or any(source in stays for source in node.all_input_nodes):
+            if node.target in _GROWS or casts_codes(node) or any(source in stays for source in node.all_input_nodes):
                 stays.add(node)
                 continue
             if not isinstance(node.meta.get("val"), torch.Tensor):
@@ -44,7 +45,7 @@ class FoldConstants(Pass):
             if any(memory.intersection(storages(base)) for base in bases):
                 views.add(node)
                 continue
-            if all(user in constants and user.target not in _GROWS for user in node.users):
+            if all(user in constants and user.target not in _GROWS and not casts_codes(user) for user in node.users):
                 continue  # an inner part of a larger expression
             folded = edit.derived(form(node), like=node, before=node)
             if folded is None:
@@ -55,3 +56,11 @@ class FoldConstants(Pass):
             node.replace_all_uses_with(folded)
             count += 1
         return count
+
+
+def casts_codes(node: fx.Node) -> bool:
+    """Whether a node casts codes of 8 bits to a wider dtype."""
+    source = cast_of(node)
+    if source is None or source.meta["val"].dtype not in (torch.int8, torch.uint8):
+        return False
+    return bool(node.meta["val"].dtype.itemsize > 1)

@@ -57,7 +57,8 @@ class InsertObservers(Pass):
     def _insert(
         self, edit: Editor, name: str, source: fx.Node, user: fx.Node, constant: bool, following: fx.Node
     ) -> fx.Node:
-        if source.op == "placeholder" and following is not user:  # not before it is known that the graph holds for it
+        # not before it is known that the graph holds for an input, and not among the inputs
+        if "placeholder" in (source.op, following.op) and following is not user:
             following = behind_checks(source.graph)
         origin = user if constant or source.op == "placeholder" else source  # an input has no line of its own
         call = edit.module(name, source, like=origin, before=following)

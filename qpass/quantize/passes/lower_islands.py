@@ -55,8 +55,8 @@ class LowerIslands(Pass):
             except Refusal as refusal:
                 reason = refusal.reason
                 continue
+            done = ", ".join(filter(None, (before.reason, fused_reason(m, out), kernel.note(m))))
             result = kernel.emit(m, out, edit)
-            done = ", ".join(filter(None, (before.reason, fused_reason(m, out))))
             record = before.but(outcome="lowered", kernel=kernel.name, reason=done)
             if result is m.output:
                 set_record(root, record)

@@ -32,14 +32,15 @@ class Pointwise(Kernel):
 
 
 class DequantizedWeight(Kernel):
-    """Leaves ``linear(x, dq(w), b)`` as it stands: a weight rounded in groups is stored small, multiplied in float."""
+    """Leaves ``linear(x, dq(w), b)`` as it stands: the weight is stored small and multiplied in float."""
 
     name = "linear on a dequantized weight"
 
     def check(self, m: IslandMatch, specs: Specs) -> None:
         require("x" not in specs, "the activation is quantized")
         spec = specs.get("w")
-        require(spec is not None and isinstance(spec.granularity, PerGroup), "the weight is not rounded in groups")
+        in_parts = spec is not None and isinstance(spec.granularity, PerChannel | PerGroup)
+        require(in_parts, "the weight has one scale for all of it")
 
     def emit(self, m: IslandMatch, out: Output, edit: Editor) -> fx.Node:
         return m.output

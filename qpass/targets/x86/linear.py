@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpass import torch_private
 from qpass.ir.edit import Editor
 from qpass.ir.rule import require
 from qpass.islands.island import IslandMatch, Specs, codes_of, quantized_operands, uncast
 from qpass.islands.qdq import cast_of, only_quantize
 from qpass.spec import PerChannel, PerTensor, PerToken, QuantizationSpec
 from qpass.targets.target import Kernel, Output
-from qpass.targets.x86.packing import is_symbolic, pack_linear, packed, unsigned
+from qpass.targets.x86.packing import pack_linear, unsigned
 
 aten = torch.ops.aten
 onednn = torch.ops.onednn
@@ -134,38 +133,6 @@ class QlinearPerToken(Kernel):
         result = edit.call(aten.mul.Tensor, result, x.scale, like=m.root, before=out.node)
         if m.b is not None:
             result = edit.call(aten.add.Tensor, result, m.b, like=m.output, before=out.node)
-        return result
-
-
-class Int8WeightOnly(Kernel):
-    """``linear(x, dq(w), b) -> _weight_int8pack_mm(x, w, scale) + b``: float activations, weights read as int8."""
-
-    name = "aten._weight_int8pack_mm"
-
-    def check(self, m: IslandMatch, specs: Specs) -> None:
-        require("x" not in specs, "the activation is quantized")
-        check_weight(m, specs.get("w"))
-        require(m.x.meta["val"].dtype == torch.float32, "the kernel's scales have the activation's dtype")
-        require(m.w.meta["val"].shape[1 - m.operands["w"].axis] > 1, "the kernel takes rows of two values or more")
-
-    def emit(self, m: IslandMatch, out: Output, edit: Editor) -> fx.Node:
-        x, val, axis = m.x, m.x.meta["val"], m.operands["w"].axis
-        rows, columns = m.w.meta["val"].shape[axis], m.w.meta["val"].shape[1 - axis]
-        place = {"like": m.root, "before": out.node}
-        codes, scale = codes_of(m, "w"), quantized_operands(m)["w"].scale
-        if axis == 1:
-            codes, scale, _ = packed(m, lambda codes: codes.t().contiguous(), "transposed", edit, out.node)
-        if val.dim() != 2:
-            x = edit.call(aten.reshape.default, x, [-1, columns], **place)
-        # the kernel refuses other rows, and Inductor, free to choose a layout, forgets a mere contiguous()
-        x = edit.call(torch_private.force_stride_order, x, [columns, 1], **place)
-        result = edit.call(aten._weight_int8pack_mm.default, x, codes, scale, **place)
-        if val.dim() != 2:
-            sizes = [edit.call(aten.sym_size.int, m.x, d, **place) if is_symbolic(s) else s
-                     for d, s in enumerate(val.shape[:-1])]  # fmt: skip
-            result = edit.call(aten.reshape.default, result, [*sizes, rows], **place)
-        if m.b is not None:
-            result = edit.call(aten.add.Tensor, result, m.b, **place)
         return result
 
 

@@ -7,10 +7,11 @@ from types import MappingProxyType
 
 from qpass import torch_private
 from qpass.patterns import Add, AvgPool, Conv, Embedding, Linear, Matmul, Mul
-from qpass.targets.generic.loops import DequantizedWeight, GatherRows, Pointwise
+from qpass.targets.generic.loops import GatherRows, Pointwise
 from qpass.targets.target import Target
 from qpass.targets.x86.conv import PixelGemmAdd, Qconv, QconvAdd
-from qpass.targets.x86.linear import Int8WeightOnly, Qlinear, QlinearPerToken
+from qpass.targets.x86.linear import Qlinear, QlinearPerToken
+from qpass.targets.x86.weight_only import CastCodes, DequantizedRows, PackedCodes
 
 
 @lru_cache(maxsize=1)
@@ -31,8 +32,8 @@ X86 = Target(
     device="cpu",
     kernels=MappingProxyType(
         {
-            Linear: (Qlinear(), QlinearPerToken(), Int8WeightOnly(), DequantizedWeight()),
-            Matmul: (Qlinear(), QlinearPerToken(), Int8WeightOnly()),
+            Linear: (Qlinear(), QlinearPerToken(), PackedCodes(), CastCodes(), DequantizedRows()),
+            Matmul: (Qlinear(), QlinearPerToken(), PackedCodes(), CastCodes(), DequantizedRows()),
             Conv: (PixelGemmAdd(), QconvAdd(), Qconv()),
             Embedding: (GatherRows(),),
             Add: (Pointwise(),),
