@@ -34,6 +34,11 @@ class _Writes(TorchDispatchMode):
 
     supports_higher_order_operators = True  # cond and its like pass through
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Yes: with a mode of a user's around it, Dynamo does not look into the branches of ``torch.cond``."""
+        return True
+
     def __init__(self) -> None:
         super().__init__()
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # by storage
