@@ -18,6 +18,7 @@ from qpass import QuantizationSpec, presets
 from qpass.errors import StrictError
 from qpass.ir.record import graph_record, record_of
 from qpass.ir.text import target_name
+from qpass.spec.config import resolve_compute_dtype
 
 DYNAMIC = QuantizationSpec(torch.int8, qpass.PerToken(), symmetric=True, dynamic=True)
 
@@ -301,7 +302,7 @@ def test_compute_dtype() -> None:
 
     assert casts(None) == set()
     assert casts(torch.bfloat16) == {torch.bfloat16, torch.float32}  # down for `out`, up for what is returned
-    fast = qpass.config.resolve_compute_dtype(presets.int8_static())
+    fast = resolve_compute_dtype(presets.int8_static())
     assert casts("auto") == casts(fast)
     out = quantize(model, x, config=presets.int8_static(compute_dtype=torch.bfloat16))(x)
     assert out.dtype == torch.float32
