@@ -14,8 +14,8 @@ from qpass.capture.errors import refuse_kind, refuse_model
 from qpass.capture.export import FirstBatch, capture
 from qpass.capture.training import capture_training, in_modes_of
 from qpass.errors import ConfigError, ConvertError, InputError
+from qpass.ir.observer import Observer
 from qpass.ir.ownership import borrowed, forget_origin, own_tensors, own_written, tensors_in
-from qpass.ir.verify import OBSERVER_PREFIX
 from qpass.islands.qparam_state import keep_qparams, refuse_state
 from qpass.quantize.lower import lower_graph
 from qpass.quantize.stages import convert_graph, prepare_graph
@@ -98,7 +98,7 @@ def calibrate(prepared: torch.nn.Module, batches: Iterable[Any], *, progress: bo
     """
     from tqdm.auto import tqdm
 
-    if not any(_observes(name, module) for name, module in prepared.named_modules()):
+    if not any(isinstance(module, FirstBatch | Observer) for module in prepared.modules()):
         raise InputError(
             f"calibrate takes a prepared model, and this {type(prepared).__name__} observes nothing",
             hint="call qpass.prepare on the model first",
@@ -180,7 +180,3 @@ def _refuse_misfit(prepared: torch.nn.Module, args: tuple[Any, ...], kwargs: dic
             hint="a batch is what the model was captured with, without labels: "
             "calibrate(prepared, (inputs for inputs, labels in loader))",
         ) from error
-
-
-def _observes(name: str, module: torch.nn.Module) -> bool:
-    return isinstance(module, FirstBatch) or name.rpartition(".")[2].startswith(OBSERVER_PREFIX)

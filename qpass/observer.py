@@ -30,6 +30,7 @@ from qpass.spec.observers import (
     default_reuse_input_observer,
     default_symmetric_fixed_qparams_observer,
     default_weight_observer,
+    observer_for,
     per_channel_weight_observer_range_neg_127_to_127,
     weight_observer_range_neg_127_to_127,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "default_reuse_input_observer",
     "default_symmetric_fixed_qparams_observer",
     "default_weight_observer",
+    "observer_for",
     "per_channel_weight_observer_range_neg_127_to_127",
     "weight_observer_range_neg_127_to_127",
 ]

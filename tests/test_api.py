@@ -6,6 +6,7 @@ import copy
 import io
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from qpass import QuantizationSpec, presets
 from qpass.errors import StrictError
 from qpass.ir.record import graph_record, record_of
 from qpass.ir.text import target_name
-from qpass.spec.config import resolve_compute_dtype
+from qpass.targets import Target, registry
+from qpass.targets.x86.target import X86
 
 DYNAMIC = QuantizationSpec(torch.int8, qpass.PerToken(), symmetric=True, dynamic=True)
 
@@ -293,17 +295,20 @@ def test_overrides_by_type_and_by_operator_and_the_first_wins() -> None:
     assert names.count("dequantize_per_channel") == 2  # the convolution and hidden, not out
 
 
-def test_compute_dtype() -> None:
+def test_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_given", {})  # the other target is gone afterwards
     model, x = Net().eval(), images(4)
 
-    def casts(dtype: Any) -> set[torch.dtype]:
-        graph = quantize(model, x, config=presets.int8_static(compute_dtype=dtype).keep_float(module="out")).graph
+    def casts(dtype: Any, target: Target = X86) -> set[torch.dtype]:
+        config = presets.int8_static(compute_dtype=dtype).keep_float(module="out")
+        graph = quantize(model, x, config=config, target=target).graph
         return {node.args[1] for node in graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)}
 
     assert casts(None) == set()
     assert casts(torch.bfloat16) == {torch.bfloat16, torch.float32}  # down for `out`, up for what is returned
-    fast = resolve_compute_dtype(presets.int8_static())
-    assert casts("auto") == casts(fast)
+    assert casts("auto") == casts(X86.fast_dtype())
+    other = replace(X86, name="other", fast_dtype=lambda: torch.float16)
+    assert torch.float16 in casts("auto", other)
     out = quantize(model, x, config=presets.int8_static(compute_dtype=torch.bfloat16))(x)
     assert out.dtype == torch.float32
 

@@ -21,11 +21,11 @@ from qpass.comm.policy.policy import Policy, policy
 from qpass.comm.wire.codec import Codec
 from qpass.errors import ConfigError, QpassError, QpassWarning, StrictError, near
 from qpass.ir.normalize import normalize
+from qpass.ir.observer import Observer
 from qpass.ir.record import graph_record
 from qpass.ir.regions import regions
 from qpass.ir.source import module_stack
 from qpass.ir.straight_through import make_differentiable
-from qpass.ir.verify import OBSERVER_PREFIX
 from qpass.quantize.lower import lower_graph
 from qpass.quantize.passes.recognise_islands import RecogniseIslands, float_bytes
 from qpass.quantize.stages import convert_graph, prepare_graph
@@ -261,12 +261,8 @@ def _runs_without_gradients(gm: fx.GraphModule) -> bool:
 def _observers(gm: fx.GraphModule) -> set[type]:
     """The types of the observers that a graph was traced through; none in a float model."""
     stacks = (module_stack(node) for region in regions(gm) for node in region.graph.nodes)
-    observing = (kind for stack in stacks for path, kind in stack if _is_observer(path))
-    return {kind for kind in observing if isinstance(kind, type)}
-
-
-def _is_observer(path: str) -> bool:
-    return path.rpartition(".")[2].startswith(OBSERVER_PREFIX)
+    kinds = (kind for stack in stacks for _, kind in stack)
+    return {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Observer)}
 
 
 def _is_in_training_mode() -> bool:

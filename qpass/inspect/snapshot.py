@@ -21,10 +21,10 @@ from qpass.capture.export import FirstBatch
 from qpass.errors import InputError
 from qpass.inspect.nodes import INPUT, Keyword, NodeView, Snapshot
 from qpass.inspect.saved import kept_maker, kept_record, kept_stage, open_program
+from qpass.ir.observer import Observer
 from qpass.ir.record import GRAPH_KEY
 from qpass.ir.source import module_path
 from qpass.ir.text import target_name
-from qpass.ir.verify import OBSERVER_PREFIX
 
 _QDQ = frozenset({"quantized_decomposed"})
 _AFFINE = ("quantize_affine", "dequantize_affine", "choose_qparams_affine")  # torchao's names for the same
@@ -95,8 +95,9 @@ class _Reader:
             if node.op == "get_attr" or (node.op == "placeholder" and node.name in constants):
                 self._constant(view, gm, constants)
             elif node.op == "call_module":
-                view.operator = view.short = type(gm.get_submodule(node.target)).__name__
-                view.is_transparent = OBSERVER_PREFIX in node.target
+                module = gm.get_submodule(node.target)
+                view.operator = view.short = type(module).__name__
+                view.is_transparent = isinstance(module, Observer)
             else:
                 view.operator = str(node.target) if node.op == "call_function" else node.op
                 view.short = target_name(node) if node.op == "call_function" else node.op

@@ -1,7 +1,7 @@
 """The written spec of each stage, checked between passes.
 
 captured   float ATen, constants as ``get_attr``, fake values on every tensor node; for training a `Branch`
-prepared   + calls of observer modules, named ``activation_post_process_N``, and of what training changes, a `ByMode`
+prepared   + calls of modules: of each `Observer`, and of what training changes, a `ByMode`
 quantized  no observer left; ``quantized_decomposed`` ops with positive, finite scales and zero points in range
 lowered    + kernels of a target; no other new operator
 """
@@ -15,12 +15,11 @@ from torch import fx
 from qpass import torch_private
 from qpass.errors import VerifyError
 from qpass.ir.modes import ByMode
+from qpass.ir.observer import is_observer
 from qpass.ir.record import Stage
 from qpass.ir.regions import regions
 from qpass.ir.source import where
 from qpass.ir.text import target_name
-
-OBSERVER_PREFIX = "activation_post_process_"
 
 
 def verify(gm: fx.GraphModule, stage: Stage) -> None:
@@ -43,11 +42,9 @@ def _fault(node: fx.Node, stage: Stage) -> str:
             return ""
         if stage != "prepared":
             return f"calls a sub-module, and a {stage} graph calls none"
-        if str(node.target).rpartition(".")[2].startswith(OBSERVER_PREFIX):
+        if is_observer(node) or is_by_mode(node):
             return ""
-        if is_by_mode(node):
-            return ""
-        return f"calls a sub-module that is neither named {OBSERVER_PREFIX}N nor one of qpass.modes"
+        return "calls a sub-module that is neither an observer nor one of qpass.ir.modes"
     if node.op != "call_function" or not isinstance(node.target, torch_private.OpOverload):
         return ""
     namespace = node.target.namespace

@@ -49,7 +49,7 @@ def prepare_graph(
     record.config = config
     record.float_bytes = constant_bytes(gm)
     annotate = Annotate(config, chosen)
-    dtype = resolve_compute_dtype(config)
+    dtype = resolve_compute_dtype(config, chosen.fast_dtype())
     expands = chosen.expands_attention()
     casts = () if dtype is None else (AssignComputeDtype(dtype, expands),)
     passes = (SetDropoutAside(), annotate, InsertObservers(), *casts, InsertModes())

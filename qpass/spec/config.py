@@ -10,10 +10,8 @@ from typing import Any, Final, Literal
 
 import torch
 
-from qpass import torch_private
 from qpass.errors import ConfigError, near
 from qpass.spec import QuantizationSpec
-from qpass.spec.fake_quantize import FakeQuantizeBase
 
 
 class _Inherit(Enum):
@@ -97,8 +95,8 @@ class Config:
     Args:
         activation: spec of the activations, None to leave them in float.
         weight: spec of the weights, None to leave them in float.
-        compute_dtype: dtype of what stays in float, or its name: None changes nothing, ``"auto"`` is bfloat16 where
-            this CPU computes it fast.
+        compute_dtype: dtype of what stays in float, or its name: None changes nothing, ``"auto"`` is what
+            the target computes fast on this machine: bfloat16 on CPUs that have instructions for it.
         overrides: exceptions, the first that matches wins; add them with `override` and `keep_float`.
         comm: what the collectives of a compiled graph send: a codec's name or a `qpass.comm.Policy`. It is read by
             `qpass.backend`; `prepare` sees no collective, and refuses it.
@@ -128,7 +126,7 @@ class Config:
         """Whether some spec rounds while the model is trained: its observer is a fake-quantize module."""
         specs = [self.activation, self.weight]
         specs += [spec for one in self.overrides for spec in (one.activation, one.weight) if spec is not INHERIT]
-        return any(spec is not None and isinstance(spec.make_observer(), FakeQuantizeBase) for spec in specs)
+        return any(spec is not None and spec.trains for spec in specs)
 
     def override(
         self,
@@ -198,21 +196,10 @@ def unmatched(
     )
 
 
-def resolve_compute_dtype(config: Config) -> torch.dtype | None:
-    """The dtype for what stays in float; None leaves it alone, ``"auto"`` is bfloat16 where this CPU computes it fast.
-
-    Fast means that oneDNN takes bfloat16 and the CPU has AVX512-BF16 or AMX instructions for it.
-    """
-    if config.compute_dtype == "auto":
-        return torch.bfloat16 if bfloat16_is_fast() else None
-    return _DTYPES.get(config.compute_dtype) if isinstance(config.compute_dtype, str) else config.compute_dtype
-
-
-def bfloat16_is_fast() -> bool:
-    """Whether this CPU multiplies bfloat16 by instructions of its own, and torch uses them."""
-    if not torch.backends.mkldnn.is_available() or not torch_private.is_mkldnn_bf16_supported():
-        return False
-    return torch_private.is_avx512_bf16_supported() or torch_private.is_amx_tile_supported()
+def resolve_compute_dtype(config: Config, fast: torch.dtype | None) -> torch.dtype | None:
+    """The dtype for what stays in float; None leaves it alone. ``"auto"`` is what the target says is ``fast``."""
+    given = fast if config.compute_dtype == "auto" else config.compute_dtype
+    return _DTYPES[given] if isinstance(given, str) else given
 
 
 def _op_names(op: str) -> tuple[str, ...]:

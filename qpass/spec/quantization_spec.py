@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 
 from qpass.arithmetic.numerics import EPS, FLOAT8_RANGES, RANGES, dtype_name
 from qpass.errors import ConfigError, near
-
-if TYPE_CHECKING:
-    from qpass.spec.observers import ObserverBase
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class QuantizationSpec:
             symmetric signed spec leaves out its lowest code, so that ``-x`` is coded as minus the code of ``x``.
         observer: a callable that takes torch.ao's observer keywords (``dtype qscheme quant_min quant_max eps``, and
             ``ch_axis``, ``group_size``, ``is_dynamic`` where they apply) and returns an observer module. None: see
-            `make_observer`.
+            `qpass.observer.observer_for`.
         eps: the smallest scale; by default ``torch.finfo(torch.float32).eps``.
 
     After construction `quant_min` and `quant_max` are ints, so two specs that mean the same range are equal.
@@ -120,41 +118,20 @@ class QuantizationSpec:
         """`eps`, or its default: no observer of this spec chooses a smaller scale."""
         return EPS if self.eps is None else self.eps
 
-    def make_observer(self) -> ObserverBase:
-        """A fresh observer for one tensor, with ``observer.spec is self``.
+    @property
+    def trains(self) -> bool:
+        """Whether the tensor is rounded while the model is trained: whether `observer` makes fake-quantize modules.
 
-        Without an `observer` of its own a spec gets: dynamic -> PlaceholderObserver, per tensor -> HistogramObserver,
-        per channel -> PerChannelMinMaxObserver, per group -> PerGroupMinMaxObserver.
-
-        Raises:
-            ConfigError: `observer` made something that is not an ObserverBase.
+        A class and what its ``with_args`` made say so themselves, also inside of a `functools.partial`. Any other
+        callable says it by an attribute ``trains = True``; without one it is taken to make what only observes.
         """
-        from qpass.spec import observers  # observers are built on specs, so the way back is taken at call time
+        constructor = self.observer
+        while isinstance(constructor, partial):
+            constructor = constructor.func
+        return bool(getattr(constructor, "trains", False))
 
-        keywords: dict[str, Any] = {"dtype": self.dtype, "qscheme": self.qscheme}
-        keywords |= {"quant_min": self.quant_min, "quant_max": self.quant_max}
-        keywords["eps"] = self.smallest_scale
-        constructor: Callable[..., ObserverBase]
-        if isinstance(self.granularity, PerChannel):
-            constructor = observers.PerChannelMinMaxObserver
-            keywords["ch_axis"] = self.granularity.axis
-        elif isinstance(self.granularity, PerGroup):
-            constructor = observers.PerGroupMinMaxObserver
-            keywords["group_size"] = self.granularity.group_size
-        else:
-            constructor = observers.HistogramObserver
-        if self.dynamic:
-            constructor = observers.PlaceholderObserver
-            keywords["is_dynamic"] = True
-        observer: ObserverBase = (self.observer or constructor)(**keywords)
-        if not isinstance(observer, observers.ObserverBase):
-            kind = f"{type(observer).__module__}.{type(observer).__qualname__}"
-            raise ConfigError(
-                f"QuantizationSpec observer made a {kind}, which is not a qpass observer.",
-                hint="use a class of qpass.observer, or derive one from qpass.observer.ObserverBase",
-            )
-        observer.spec = self
-        return observer
+    make_observer: ClassVar[Callable[..., Any]]
+    """`qpass.observer.observer_for` of this spec; the observers, which are built on specs, put it here."""
 
 
 def written(

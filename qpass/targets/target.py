@@ -58,6 +58,10 @@ def _never() -> bool:
     return False
 
 
+def _no_dtype() -> None:
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Target:
     """What a kind of device runs in low precision. Targets compare by identity.
@@ -67,6 +71,8 @@ class Target:
         device: the ``torch.device`` type of the parameters that it serves, such as "cpu".
         kernels: the kernels of each island, in order of preference.
         missing: why this machine cannot run the kernels, or "" when it can; asked when a graph is lowered.
+        fast_dtype: what ``compute_dtype="auto"`` is on this machine: the dtype that it computes faster than float32 in
+            what stays in floating point, or None to leave that as it is.
         expands_attention: whether two matrix products and a softmax beat torch's fused attention on this machine.
         only_behind: islands that pay only where another, quantized one stands before them.
     """
@@ -75,6 +81,7 @@ class Target:
     device: str
     kernels: Mapping[type[Island], tuple[Kernel, ...]]
     missing: Callable[[], str] = _nothing_missing
+    fast_dtype: Callable[[], torch.dtype | None] = _no_dtype
     expands_attention: Callable[[], bool] = _never
     only_behind: Mapping[type[Island], type[Island]] = field(default_factory=lambda: MappingProxyType({}))
 

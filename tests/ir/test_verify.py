@@ -90,7 +90,7 @@ def test_a_sub_module_that_is_no_observer() -> None:
     gm.add_module("dropout", nn.Dropout())
     (relu,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
     Editor(gm).module("dropout", relu, like=relu, before=relu.next)
-    expected = "calls a sub-module that is neither named activation_post_process_N nor one of qpass.modes"
+    expected = "calls a sub-module that is neither an observer nor one of qpass.ir.modes"
     assert fault(gm, "prepared") == f"the prepared graph is not valid: dropout (dropout) {expected}"
 
 

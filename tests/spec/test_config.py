@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch import nn
 from qpass import presets
 from qpass.errors import ConfigError, InputError
 from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
-from qpass.spec import config as config_module
 from qpass.spec.config import INHERIT, Config, Override, Resolved, resolve_compute_dtype, unmatched
+from qpass.spec.fake_quantize import FakeQuantize
+from qpass.spec.observers import MinMaxObserver, ObserverBase
 
 A = QuantizationSpec(torch.uint8, symmetric=False)
 W = QuantizationSpec(granularity=PerChannel(0))
@@ -121,16 +124,27 @@ def test_a_compute_dtype_may_be_given_by_name(name: str) -> None:
     assert presets.int8_dynamic(compute_dtype=name).compute_dtype is getattr(torch, name)  # type: ignore[arg-type]
 
 
-def test_auto_compute_dtype_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for fast, expected in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(config_module, "bfloat16_is_fast", lambda fast=fast: fast)
-        assert resolve_compute_dtype(Config(compute_dtype="auto")) == expected
-        assert resolve_compute_dtype(Config(compute_dtype=torch.float16)) == torch.float16
-        assert resolve_compute_dtype(Config()) is None
-    monkeypatch.undo()
-    flags = torch.cpu.get_capabilities()
-    if not flags.get("avx512_bf16") and not flags.get("amx_bf16"):
-        assert resolve_compute_dtype(Config(compute_dtype="auto")) is None
+def test_auto_compute_dtype_is_what_the_target_says() -> None:
+    for fast in (torch.bfloat16, torch.float16, None):
+        assert resolve_compute_dtype(Config(compute_dtype="auto"), fast) == fast
+        assert resolve_compute_dtype(Config(compute_dtype="float16"), fast) == torch.float16
+        assert resolve_compute_dtype(Config(), fast) is None
+
+
+def test_a_config_knows_whether_it_trains_without_making_an_observer() -> None:
+    def made(**keywords: object) -> ObserverBase:
+        raise AssertionError
+
+    fakes: list[Any] = [FakeQuantize, FakeQuantize.with_args(observer=made), partial(FakeQuantize, observer=made)]
+    for observer in (*fakes, partial(partial(fakes[1], eps=1e-3))):
+        spec = QuantizationSpec(observer=observer)
+        assert Config(weight=spec).trains
+        assert Config(A, W).override(op="conv", activation=spec).trains
+    for observer in (None, MinMaxObserver, MinMaxObserver.with_args(eps=1e-3), partial(MinMaxObserver), made):
+        assert not Config(weight=QuantizationSpec(observer=observer)).trains
+    made.trains = True  # type: ignore[attr-defined]
+    assert Config(weight=QuantizationSpec(observer=made)).trains
+    assert not Config(A, W).keep_float(op="conv").trains
 
 
 def test_presets() -> None:

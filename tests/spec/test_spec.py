@@ -9,6 +9,7 @@ import torch
 from qpass import observer
 from qpass.errors import ConfigError
 from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
+from qpass.spec.fake_quantize import FakeQuantize
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,18 @@ def test_make_observer_passes_the_axis_and_the_group_size() -> None:
     assert groups(w) is w
     assert channels.calculate_qparams()[0].shape == (6,)
     assert groups.calculate_qparams()[0].shape == (4, 6, 2)
+
+
+def test_a_callable_says_whether_what_it_makes_trains() -> None:
+    spec = QuantizationSpec(observer=lambda **keywords: FakeQuantize(**keywords))
+    with pytest.raises(ConfigError) as error:
+        observer.observer_for(spec)
+    assert str(error.value) == (
+        "QuantizationSpec observer made a qpass.spec.fake_quantize.observed.FakeQuantize, and does not say that it "
+        "rounds in training.\n"
+        "  to do: use the class, its with_args(...) or a functools.partial of it, or give the callable an attribute "
+        "trains = True"
+    )
 
 
 def test_make_observer_refuses_strangers() -> None:

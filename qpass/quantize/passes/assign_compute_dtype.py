@@ -12,12 +12,12 @@ from torch import fx
 from qpass.ir.alias import written
 from qpass.ir.constants import Constants
 from qpass.ir.frame import Pass
+from qpass.ir.observer import is_observer
 from qpass.ir.record import record_of, set_record
 from qpass.islands.float_range import beyond, exceeds, read_exactly, whole_numbers
 from qpass.islands.views import carried
 from qpass.quantize.passes.annotate import ISLAND
 from qpass.quantize.passes.expand_attention import EXPAND, may_expand
-from qpass.quantize.passes.insert_observers import is_observer
 from qpass.spec import PerChannel
 
 aten = torch.ops.aten

@@ -13,6 +13,7 @@ from qpass.ir.frame import Pass
 from qpass.ir.match import normalized, set_arguments
 from qpass.quantize.passes.annotate import FOLD
 from qpass.quantize.passes.insert_observers import is_trained
+from qpass.spec.observers import observer_for
 
 aten = torch.ops.aten
 
@@ -59,7 +60,7 @@ class FoldBatchNorm(Pass):
             name = str(observed.target)
             if not is_trained(observer):
                 name = free_name(edit.gm, f"{observed.target}_folded")
-                edit.gm.add_module(name, observer.spec.make_observer())
+                edit.gm.add_module(name, observer_for(observer.spec))
             folded = edit.module(name, folded, val=folded.meta.get("val"), **place)
         set_arguments(conv, weight=folded, bias=shift)
         bn.replace_all_uses_with(conv)

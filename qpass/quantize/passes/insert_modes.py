@@ -31,11 +31,12 @@ from qpass.ir.modes import (
     FoldFactor,
     Mode,
 )
+from qpass.ir.observer import is_observer
 from qpass.ir.source import module_path
 from qpass.quantize.passes.annotate import FOLD
-from qpass.quantize.passes.insert_observers import is_observer
 from qpass.quantize.passes.set_dropout_aside import ASIDE, Aside
 from qpass.spec.fake_quantize import FakeQuantizeBase
+from qpass.spec.observers import observer_for
 
 aten = torch.ops.aten
 
@@ -156,7 +157,7 @@ def own_observer(observed: fx.Node, conv: fx.Node, shared: set[Any], edit: Edito
         return observed
     name = free_name(edit.gm, str(observed.target))
     observer: Any = edit.gm.get_submodule(str(observed.target))
-    edit.gm.add_module(name, observer.spec.make_observer())
+    edit.gm.add_module(name, observer_for(observer.spec))
     return edit.module(name, observed.args[0], like=conv, before=conv, val=observed.meta.get("val"))
 
 

@@ -13,11 +13,15 @@ from qpass.ir.constants import Constants
 from qpass.ir.edit import Editor, free_name
 from qpass.ir.frame import Pass
 from qpass.ir.guard import behind_checks
-from qpass.ir.verify import OBSERVER_PREFIX
+from qpass.ir.observer import is_observer
 from qpass.islands.views import carried
 from qpass.quantize.passes.annotate import EDGES
 from qpass.spec import QuantizationSpec
 from qpass.spec.fake_quantize import FakeQuantizeBase
+from qpass.spec.observers import observer_for
+
+OBSERVER_PREFIX = "activation_post_process_"
+"""How the modules are called, followed by a number: as torch.ao calls its own."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class InsertObservers(Pass):
         edit, constants = Editor(gm, self.name), Constants(gm)
         modules: dict[tuple[fx.Node, QuantizationSpec], str] = {}
         calls: dict[tuple[fx.Node, QuantizationSpec], fx.Node] = {}
+        reads: dict[str, set[fx.Node]] = {}
         number = count = 0
         for user in list(gm.graph.nodes):
             for source, spec in user.meta.pop(EDGES, {}).items():
@@ -45,13 +50,18 @@ class InsertObservers(Pass):
                     if key not in modules:
                         modules[key] = free_name(gm, f"{OBSERVER_PREFIX}{number}")
                         number = int(modules[key].removeprefix(OBSERVER_PREFIX).partition("_")[0]) + 1
-                        gm.add_module(modules[key], spec.make_observer())
+                        gm.add_module(modules[key], observer_for(spec))
                     following = user if source in changing else source.next
                     call = self._insert(edit, modules[key], source, user, source in constants, following)
                     count += 1
+                    reads.setdefault(modules[key], set()).add(source)
                     if source not in changing:
                         calls[source, spec] = call
                 user.replace_input_with(source, call)
+        for name, sources in reads.items():
+            if len(sources) == 1 and all(source in constants and source not in changing for source in sources):
+                module: Any = gm.get_submodule(name)
+                module.watches_constant = True
         return count
 
     def _insert(
@@ -117,11 +127,6 @@ def observers(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
     for node in gm.graph.nodes:
         if is_observer(node):
             yield node, str(node.target)
-
-
-def is_observer(node: fx.Node) -> bool:
-    """Whether a node calls an observer."""
-    return node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX)
 
 
 def is_trained(observer: Any) -> bool:

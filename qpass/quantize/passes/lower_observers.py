@@ -25,6 +25,7 @@ from qpass.quantize.passes.assign_compute_dtype import COMPUTE_DTYPE
 from qpass.quantize.passes.insert_observers import is_trained, observers
 from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
 from qpass.spec.fake_quantize import FakeQuantizeBase
+from qpass.spec.observers import observer_for
 from qpass.spec.observers.min_max import RangeObserver
 
 QParams = tuple[torch.Tensor, torch.Tensor]
@@ -187,7 +188,7 @@ def quantized_parts(
 
 def observed_qparams(w: torch.Tensor, spec: QuantizationSpec) -> QParams:
     """What a fresh observer chooses for a weight."""
-    observer = spec.make_observer()
+    observer = observer_for(spec)
     observer(w)
     return observer.calculate_qparams()
 

@@ -21,6 +21,8 @@ class FakeQuantizeBase(ObserverBase):
         fake_quant_enabled, observer_enabled: uint8 ``[1]``, 1 or 0.
     """
 
+    trains = True
+
     activation_post_process: ObserverBase
     fake_quant_enabled: Tensor
     observer_enabled: Tensor

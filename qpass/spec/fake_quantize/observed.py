@@ -167,7 +167,7 @@ class FakeQuantize(FakeQuantizeBase):
         error_msgs: list[str],
     ) -> None:
         """Refuse qparams that cannot be: by the name of their key, and without loading any of this module's own."""
-        faults = list(qparam_faults(self, state_dict, prefix))
+        faults = list(qparam_faults(self.spec, (self.scale, self.zero_point), state_dict, prefix))
         if faults:
             error_msgs += faults
             return

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from qpass.spec import PerTensor, PerToken
-
-if TYPE_CHECKING:
-    from qpass.spec.fake_quantize.observed import FakeQuantize
+from qpass.spec import PerTensor, PerToken, QuantizationSpec
 
 
-def qparam_faults(module: FakeQuantize, state_dict: Mapping[str, Tensor], prefix: str) -> Iterator[str]:
-    """A sentence for each saved tensor of `module` itself that cannot be, starting with its key."""
+def qparam_faults(
+    spec: QuantizationSpec, own: tuple[Tensor, Tensor], state_dict: Mapping[str, Tensor], prefix: str
+) -> Iterator[str]:
+    """A sentence for each saved tensor of a module that cannot be, starting with its key.
+
+    Args:
+        own: the scale and the zero point that the module has now.
+    """
     scale, zero_point = (state_dict.get(prefix + name) for name in ("scale", "zero_point"))
     for name, value in (("scale", scale), ("zero_point", zero_point)):
-        if value is not None and not _fits(module, value, scale):
-            yield f"{prefix}{name} has shape {tuple(value.shape)}, but this module has {tuple(module.scale.shape)}."
-    low, high = module.spec.range
+        if value is not None and not _fits(spec, own[0], value, scale):
+            yield f"{prefix}{name} has shape {tuple(value.shape)}, but this module has {tuple(own[0].shape)}."
+    low, high = spec.range
     if scale is not None and not scale.is_meta and not ((scale > 0) & scale.isfinite()).all():
         yield f"{prefix}scale holds {_odd(scale, (scale > 0) & scale.isfinite())}; scales are positive and finite."
     if zero_point is not None and not zero_point.is_meta:
-        if module.zero_point.is_floating_point():
+        if own[1].is_floating_point():
             inside = zero_point.isfinite()
         else:
             inside = (zero_point >= low) & (zero_point <= high) & (zero_point == zero_point.round())
@@ -35,13 +37,13 @@ def qparam_faults(module: FakeQuantize, state_dict: Mapping[str, Tensor], prefix
             yield f"{prefix}{name} is {flag.tolist()}; it is one number, 0 or 1."
 
 
-def _fits(module: FakeQuantize, value: Tensor, scale: Tensor | None) -> bool:
+def _fits(spec: QuantizationSpec, own: Tensor, value: Tensor, scale: Tensor | None) -> bool:
     """One element per tensor; else any shape before there is data, then the same; and both qparams alike."""
     if scale is not None and value.shape != scale.shape:
         return False
-    if isinstance(module.spec.granularity, PerTensor | PerToken):
+    if isinstance(spec.granularity, PerTensor | PerToken):
         return value.numel() == 1
-    return value.shape == module.scale.shape or module.scale.numel() == 1
+    return value.shape == own.shape or own.numel() == 1
 
 
 def _odd(value: Tensor, fine: Tensor) -> float | int:

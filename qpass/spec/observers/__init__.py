@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qpass.spec.observers.base import ObserverBase
+from qpass.spec.observers.choice import observer_for
 from qpass.spec.observers.fixed import FixedQParamsObserver
 from qpass.spec.observers.histogram import HistogramObserver
 from qpass.spec.observers.min_max import (
@@ -65,6 +66,7 @@ __all__ = [
     "default_reuse_input_observer",
     "default_symmetric_fixed_qparams_observer",
     "default_weight_observer",
+    "observer_for",
     "per_channel_weight_observer_range_neg_127_to_127",
     "weight_observer_range_neg_127_to_127",
 ]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from qpass import torch_private
 from qpass.errors import CalibrationError
+from qpass.ir.observer import Observer
 from qpass.spec import QuantizationSpec
 from qpass.torch_private import is_fake
 
@@ -19,7 +20,7 @@ OBSERVED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes that can be observed."""
 
 
-class ObserverBase(nn.Module):
+class ObserverBase(Observer):
     """Stands on one tensor, and answers how to quantize it.
 
     A subclass writes `forward(x)` and `choose_qparams()`. Buffers and parameters move between devices but are never
@@ -29,6 +30,9 @@ class ObserverBase(nn.Module):
         spec: the QuantizationSpec that `calculate_qparams` answers for.
         process_group: name of the group over which statistics are reduced; None: every process has its own.
     """
+
+    trains: ClassVar[bool] = False
+    """Whether it rounds while the model is trained, and has qparams that follow: a fake-quantize module."""
 
     spec: QuantizationSpec
     process_group: str | None = None
@@ -117,6 +121,11 @@ class Constructor:
 
     observer: type[ObserverBase]
     keywords: tuple[tuple[str, Any], ...]
+
+    @property
+    def trains(self) -> bool:
+        """That of the class."""
+        return self.observer.trains
 
     def __call__(self, **keywords: Any) -> ObserverBase:
         return self.observer(**{**dict(self.keywords), **keywords})

@@ -5,11 +5,14 @@ from __future__ import annotations
 from functools import lru_cache
 from types import MappingProxyType
 
+import torch
+
 from qpass import torch_private
 from qpass.patterns import Add, AvgPool, Conv, Embedding, Linear, Matmul, Mul
 from qpass.targets.generic.loops import GatherRows, Pointwise
 from qpass.targets.target import Target
 from qpass.targets.x86.conv import PixelGemmAdd, Qconv, QconvAdd
+from qpass.targets.x86.instructions import bfloat16_is_fast
 from qpass.targets.x86.linear import Qlinear, QlinearPerToken
 from qpass.targets.x86.weight_only import CastCodes, DequantizedRows, PackedCodes
 
@@ -20,6 +23,11 @@ def missing() -> str:
     if torch_private.is_vnni_supported():
         return ""
     return "this CPU has neither AVX512-VNNI nor AMX; the q/dq graph runs in floating point instead"
+
+
+def fast_dtype() -> torch.dtype | None:
+    """bfloat16 where the CPU has instructions for it."""
+    return torch.bfloat16 if bfloat16_is_fast() else None
 
 
 def expands_attention() -> bool:
@@ -42,6 +50,7 @@ X86 = Target(
         }
     ),
     missing=missing,
+    fast_dtype=fast_dtype,
     expands_attention=expands_attention,
     only_behind=MappingProxyType({Add: Conv, Mul: Conv, AvgPool: Conv}),
 )

@@ -14,9 +14,9 @@ from qpass.ir.rule import Refusal, require
 from qpass.islands.island import IslandMatch, Specs, codes_of, quantized_operands, uncast
 from qpass.islands.qdq import cast_of
 from qpass.spec import PerChannel
-from qpass.spec.config import bfloat16_is_fast
 from qpass.targets.generic.loops import DequantizedWeight
 from qpass.targets.target import Kernel, Output
+from qpass.targets.x86.instructions import bfloat16_is_fast
 from qpass.targets.x86.linear import check_weight
 from qpass.targets.x86.packing import is_symbolic, packed
 
