@@ -1,6 +1,7 @@
 """The catalogue, installed as `qpass.patterns`: one file an idea.
 
-Each says which float pattern is meant, which of its edges may be quantized, and which kernel each target runs it on.
+Each says which float pattern is meant, and which of its edges may be quantized. Which kernels run it is for targets to
+say (`qpass.targets`). What it takes to write an island of one's own is here, too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,19 @@ if __name__ != "qpass.patterns":  # found as a top-level folder: every rule woul
     )
 
 from qpass.comm.graph.collective import KINDS, WAIT
-from qpass.islands.island import Island
+from qpass.ir.expression import Expr, aten
+from qpass.ir.rule import require
+from qpass.islands.island import (
+    ACTIVATION,
+    FLOAT,
+    WEIGHT,
+    Epilogue,
+    Island,
+    IslandMatch,
+    Specs,
+    codes_of,
+    quantized_operands,
+)
 from qpass.patterns.attention import KEPT as _ATTENTION
 from qpass.patterns.collectives import COLLECTIVES
 from qpass.patterns.conv import Conv
@@ -34,6 +47,7 @@ KEPT_IN_FLOAT: dict[object, str] = {**_COMMUNICATION, **_ATTENTION, **_ELEMENTWI
 """Operators that are left in floating point on purpose, each with its reason."""
 
 __all__ = [
-    "CARRIED", "CATALOGUE", "COLLECTIVES", "KEPT_IN_FLOAT", "OF_WEIGHTS", "Add", "AvgPool", "Conv", "Embedding",
-    "Linear", "Matmul", "Mul",
+    "ACTIVATION", "CARRIED", "CATALOGUE", "COLLECTIVES", "FLOAT", "KEPT_IN_FLOAT", "OF_WEIGHTS", "WEIGHT", "Add",
+    "AvgPool", "Conv", "Embedding", "Epilogue", "Expr", "Island", "IslandMatch", "Linear", "Matmul", "Mul", "Specs",
+    "aten", "codes_of", "quantized_operands", "require",
 ]  # fmt: skip

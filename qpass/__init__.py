@@ -1,6 +1,6 @@
 """A quantizing compiler pass for PyTorch: ``prepare``, calibrate, ``convert``, ``torch.compile(backend="qpass")``."""
 
-from qpass import comm, fake_quantize, observer, ops, passes, patterns, presets
+from qpass import comm, fake_quantize, observer, ops, passes, patterns, presets, targets
 from qpass.api import calibrate, convert, lower, prepare
 from qpass.backend import backend
 from qpass.errors import QpassError, QpassWarning
@@ -17,5 +17,5 @@ __version__ = "0.1.0"
 __all__ = [
     "Config", "PerChannel", "PerGroup", "PerTensor", "PerToken", "QpassError", "QpassWarning", "QuantizationSpec",
     "backend", "calibrate", "comm", "convert", "diff", "fake_quantize", "load", "lower", "observer", "ops", "passes",
-    "patterns", "prepare", "presets", "record", "report", "save", "sqnr",
+    "patterns", "prepare", "presets", "record", "report", "save", "sqnr", "targets",
 ]  # fmt: skip

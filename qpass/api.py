@@ -16,8 +16,10 @@ from qpass.capture.training import capture_training, in_modes_of
 from qpass.errors import ConfigError, ConvertError, InputError
 from qpass.ir.observer import Observer
 from qpass.ir.ownership import borrowed, forget_origin, own_tensors, own_written, tensors_in
+from qpass.ir.pipeline import Pipeline
 from qpass.islands.qparam_state import keep_qparams, refuse_state
 from qpass.quantize.lower import lower_graph
+from qpass.quantize.pipelines import config_of, refuse_misfit, target_of
 from qpass.quantize.stages import convert_graph, prepare_graph
 from qpass.spec import presets
 from qpass.spec.config import Config
@@ -33,6 +35,7 @@ def prepare(
     config: Config | str | None = None,
     dynamic_shapes: Any = None,
     target: str | Target = AUTO,
+    pipeline: Pipeline | None = None,
 ) -> fx.GraphModule | FirstBatch:
     """Capture ``model`` and put observers where ``config`` and the catalogue say; nothing is rounded yet.
 
@@ -50,6 +53,8 @@ def prepare(
             model allows it.
         target: the target whose kernels decide what is worth quantizing, or its name; "auto" is the one that serves
             the device of the parameters.
+        pipeline: the passes to run instead of ``qpass.passes.prepare_pipeline(config, target)``. Where ``config`` and
+            ``target`` are left out, they are those that it was made with.
 
     Returns:
         A module that computes what ``model`` computes, bit for bit, and observes ranges meanwhile. For training: one
@@ -58,6 +63,10 @@ def prepare(
     Raises:
         CaptureError, ConfigError, InputError
     """
+    if pipeline is not None:
+        refuse_misfit(pipeline, "prepared")
+        config = config_of(pipeline) if config is None else config
+        target = (target_of(pipeline) or AUTO) if target == AUTO else target
     chosen = presets.get(presets.int8_static() if config is None else config)
     if chosen.comm is not None:
         raise ConfigError(
@@ -73,10 +82,10 @@ def prepare(
     def build(model: Any, inputs: Any, kwargs: Any) -> fx.GraphModule:
         if not chosen.trains:
             captured = capture(model, inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
-            own_written(prepared := prepare_graph(captured, chosen, target))
+            own_written(prepared := prepare_graph(captured, chosen, target, pipeline=pipeline))
             return prepared
         captured = capture_training(model, inputs, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
-        trained = in_modes_of(model, prepare_graph(captured, chosen, target))
+        trained = in_modes_of(model, prepare_graph(captured, chosen, target, pipeline=pipeline))
         keep_specs(trained)
         return trained
 
@@ -117,7 +126,7 @@ def calibrate(prepared: torch.nn.Module, batches: Iterable[Any], *, progress: bo
     return prepared
 
 
-def convert(prepared: torch.nn.Module, *, strict: bool = False) -> fx.GraphModule:
+def convert(prepared: torch.nn.Module, *, strict: bool = False, pipeline: Pipeline | None = None) -> fx.GraphModule:
     """The quantized model: ``quantized_decomposed`` q/dq pairs, weights stored as integers; runs anywhere.
 
     The result is a frozen copy of the model as it is now. Codes are made once, what stays in float is copied, so its
@@ -129,9 +138,11 @@ def convert(prepared: torch.nn.Module, *, strict: bool = False) -> fx.GraphModul
     the keys). ``load_state_dict`` writes them into the graph, and compiled forms notice; a state of another
     configuration raises `StateError`, which names the keys.
 
-    ``prepared`` stays as it is and can be calibrated further and converted again.
+    ``prepared`` stays as it is and can be calibrated further and converted again. ``pipeline`` is run instead of
+    ``qpass.passes.convert_pipeline()``.
 
     Raises:
+        ConfigError: the pipeline leads to another stage.
         ConvertError: ``prepared`` does not come from :func:`prepare`, or is converted already.
         CalibrationError: an observer saw no data.
         StrictError: ``strict`` and something that the configuration asked for is left in float.
@@ -142,20 +153,24 @@ def convert(prepared: torch.nn.Module, *, strict: bool = False) -> fx.GraphModul
             f"convert takes a prepared model, and this is a float {type(graph).__name__}",
             hint="call qpass.prepare on the model first, calibrate, then convert",
         )
-    quantized = convert_graph(graph, strict=strict)
+    quantized = convert_graph(graph, strict=strict, pipeline=pipeline)
     own_tensors(quantized, tensors_in(graph), borrowed(graph))
     forget_origin(quantized)
     keep_qparams(quantized)
     return quantized
 
 
-def lower(quantized: fx.GraphModule, *, target: str | Target = "", strict: bool = False) -> fx.GraphModule:
+def lower(
+    quantized: fx.GraphModule, *, target: str | Target = "", strict: bool = False, pipeline: Pipeline | None = None
+) -> fx.GraphModule:
     """The lowered model: int8 kernels instead of q/dq islands; ``torch.compile(..., backend="qpass")`` does it too.
 
     The result is a copy, as that of :func:`convert` is: weights are packed, and everything else is copied. It loads no
-    state dict: load that into ``quantized``, and lower again.
+    state dict: load that into ``quantized``, and lower again. ``pipeline`` is run instead of
+    ``qpass.passes.lower_pipeline(target)``.
 
     Raises:
+        ConfigError: the target is unknown, or the pipeline leads to another stage or was made for another target.
         LowerError: ``quantized`` does not come from :func:`convert`.
         StrictError: ``strict`` and some quantized operation has no kernel.
     """
@@ -163,7 +178,7 @@ def lower(quantized: fx.GraphModule, *, target: str | Target = "", strict: bool 
         raise InputError(
             f"lower takes the result of convert, not {type(quantized).__name__}", hint="call qpass.convert first"
         )
-    lowered = lower_graph(quantized, target, strict)
+    lowered = lower_graph(quantized, target, strict, pipeline)
     own_tensors(lowered, tensors_in(quantized))
     refuse_state(lowered)
     return lowered

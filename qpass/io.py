@@ -53,7 +53,7 @@ def save(model: fx.GraphModule | ExportedProgram, path: str | os.PathLike[str]) 
             continue
         view, node = before.nodes[left], nodes[after.nodes[right].name]
         told: dict[str, Any] = {KEY: as_kept(view.record)} if view.record is not None else {}
-        told |= {MADE_BY: view.made_by} if view.made_by in PASSES else {}
+        told |= {MADE_BY: view.made_by} if view.made_by in PASSES.union(record.passes) else {}
         node.meta[CUSTOM] = {**node.meta.get(CUSTOM, {}), **told}
     state = {
         "stage": record.stage, "target": record.target, "float_bytes": record.float_bytes, "notes": record.notes,
@@ -79,6 +79,7 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
         gm.meta[GRAPH_KEY] = GraphRecord(**state)
         if graph_record(gm).stage == "quantized":
             keep_qparams(gm)
+    made: dict[str, None] = {}
     for node in gm.graph.nodes:
         record = kept_record(node)
         if record is not None:
@@ -86,6 +87,9 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
         made_by = node.meta.get(CUSTOM, {}).get(MADE_BY)
         if made_by:
             node.meta["from_node"] = [NodeSource(node, str(made_by), NodeSourceAction.CREATE)]
+            made.setdefault(str(made_by))
+    if made:
+        graph_record(gm).passes = tuple(made)
     return gm
 
 

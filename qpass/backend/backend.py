@@ -20,9 +20,10 @@ from qpass.capture.dynamo import from_dynamo, real_arguments
 from qpass.comm.policy.policy import Policy, policy
 from qpass.comm.wire.codec import Codec
 from qpass.errors import ConfigError, QpassError, QpassWarning, StrictError, near
-from qpass.ir.normalize import normalize
 from qpass.ir.observer import Observer
-from qpass.ir.record import graph_record
+from qpass.ir.pipeline import Pipeline
+from qpass.ir.plain_form import normalize
+from qpass.ir.record import GRAPH_KEY, GraphRecord, graph_record
 from qpass.ir.regions import regions
 from qpass.ir.source import module_stack
 from qpass.ir.straight_through import make_differentiable
@@ -169,8 +170,12 @@ class Backend:
 
 
 def backend(
-    config: Config | str | None = None, *, target: str | Target = AUTO, strict: bool = False,
-    inductor: Mapping[str, Any] | None = None, comm: str | Codec | Policy | Mapping[str, Any] | None = None,
+    config: Config | str | None = None,
+    *,
+    target: str | Target = AUTO,
+    strict: bool = False,
+    inductor: Mapping[str, Any] | None = None,
+    comm: str | Codec | Policy | Mapping[str, Any] | None = None,
 ) -> Backend:
     """A checked backend: ``torch.compile(model, backend=qpass.backend("int8_dynamic"))``.
 
@@ -220,15 +225,22 @@ def qpass_backend(
 
 def accounted(graph: fx.GraphModule, target: str | Target) -> fx.GraphModule:
     """A retraced graph at the quantized stage, with a record on every operation, as ``prepare`` leaves them."""
-    chosen = for_graph(graph, target)
+    chosen = for_graph(graph, (prepared_for() or AUTO) if target == AUTO else target)
     record = graph_record(graph)
-    record.stage, record.target = "quantized", chosen.name
+    record.target = chosen.name
     record.float_bytes = float_bytes(regions(graph))
     recognise = RecogniseIslands(chosen)
-    for region in regions(graph):
-        recognise.run(region)
+    Pipeline("quantized", (recognise,)).run(graph)
     record.weight_bytes, record.weight_bytes_kept = record.float_bytes, recognise.weights.kept
     return graph
+
+
+def prepared_for() -> str:
+    """The name of the target that the converted models in what is compiled now were prepared for; "" if not of one."""
+    held = [part for module in modules_of(program_compiled_now()) for part in module.modules()]
+    records = [part.meta.get(GRAPH_KEY) for part in held if isinstance(part, fx.GraphModule)]
+    names = {record.target for record in records if isinstance(record, GraphRecord) and record.stage == "quantized"}
+    return names.pop() if len(names) == 1 else ""
 
 
 def needs_calibration(config: Config) -> bool:

@@ -28,7 +28,7 @@ from qpass.errors import CaptureError, InputError
 from qpass.ir.edit import copy_graph_module, owner_of
 from qpass.ir.guard import guard_inputs, symbol_of
 from qpass.ir.module import Draft
-from qpass.ir.normalize import normalize
+from qpass.ir.plain_form import normalize
 from qpass.ir.record import graph_record
 
 CAPTURE_KEY = "qpass_capture"
@@ -173,9 +173,7 @@ def _trace(
     return _with_dynamic_batch(model, args, keywords, trains)
 
 
-def _with_dynamic_batch(
-    model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], trains: bool
-) -> _Traced:
+def _with_dynamic_batch(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], trains: bool) -> _Traced:
     batch = next((x.shape[0] for x in tensors_of((args, keywords)) if x.dim()), None)
     if batch is None:
         return _from_program(export_model(model, args, keywords, None, trains))
@@ -244,9 +242,7 @@ def _quiet() -> Iterator[None]:
         log.disabled = disabled
 
 
-def _export_one(
-    model: nn.Module, args: Any, keywords: Any, trains: bool
-) -> tuple[ExportedProgram | None, str]:
+def _export_one(model: nn.Module, args: Any, keywords: Any, trains: bool) -> tuple[ExportedProgram | None, str]:
     """The export at a batch of 1, or None and the reason why there is none."""
     try:
         return export_model(model, args, keywords, None, trains), ""

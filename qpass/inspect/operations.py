@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -20,7 +20,8 @@ from qpass.ir.text import target_name
 from qpass.torch_private import tree_leaves
 
 _FOLDERS = (*qpass.quantize.passes.__path__, *qpass.comm.graph.passes.__path__)
-PASSES = {module.name for module in pkgutil.iter_modules(_FOLDERS)}  # a pass's file is named by the pass
+PASSES = {module.name for module in pkgutil.iter_modules(_FOLDERS)}
+"""The passes of qpass, since a file is named by its pass; those of others are in the record of the graph."""
 
 LOST = "a pass replaced it and did not carry its record over"
 NOT_TRIED = "no pattern of the catalogue recognised its q/dq form, so no kernel was tried"
@@ -53,13 +54,16 @@ class Row:
     float_bytes: int = 0
 
 
-def operations(region: fx.GraphModule, stage: Stage) -> Iterator[Row]:
-    """The rows of one region. What passes inserted, and what only computes a constant, is no operation of the model."""
-    constants = Constants(region)
+def operations(region: fx.GraphModule, stage: Stage, passes: Collection[str] = ()) -> Iterator[Row]:
+    """The rows of one region. What passes inserted, and what only computes a constant, is no operation of the model.
+
+    ``passes`` are the names of those that ran on the graph, beside qpass's own.
+    """
+    constants, passes = Constants(region), PASSES.union(passes)
     for node in region.graph.nodes:
         record = record_of(node)
         if record is None:
-            if _computes_floats(node) and node not in constants and not _is_inserted(node):
+            if _computes_floats(node) and node not in constants and not _is_inserted(node, passes):
                 place = {"module": module_path(node), "line": source_line(node), "node": node.name}
                 yield Row(target_name(node), outcome="unaccounted", reason=LOST, missed=True, **place)
         elif record.outcome != "float" or record.float_bytes or _computes_floats(node) or node.op == "call_module":
@@ -106,6 +110,6 @@ def _is_control_flow(node: fx.Node) -> bool:
     return isinstance(target, torch_private.HigherOrderOperator) and not target.name().startswith("flex_attention")
 
 
-def _is_inserted(node: fx.Node) -> bool:
+def _is_inserted(node: fx.Node, passes: Collection[str]) -> bool:
     sources = node.meta.get("from_node") or ()
-    return any(source.pass_name in PASSES for source in sources[-1:])
+    return any(source.pass_name in passes for source in sources[-1:])

@@ -22,7 +22,7 @@ from qpass.inspect.diff import GraphDiff, diff
 from qpass.inspect.nodes import Snapshot
 from qpass.inspect.render.record_text import html, text
 from qpass.inspect.snapshot import snapshot
-from qpass.ir.pipeline import WATCHERS, PassRun
+from qpass.ir.pipeline import WATCHERS, PassRun, remarks
 from qpass.ir.record import Stage
 from qpass.torch_private import trace_log, trace_structured
 
@@ -38,6 +38,7 @@ class PassRecord:
         changes: how many changes the pass says it made, None where it does not say.
         seconds: its time, without the recording.
         diff: what it changed.
+        notes: what the pass noted, and what it refused with the reason.
     """
 
     name: str
@@ -45,6 +46,7 @@ class PassRecord:
     changes: int | None
     seconds: float
     diff: GraphDiff
+    notes: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -139,7 +141,7 @@ class _Watcher:
         now = snapshot(gm)
         assert before is not None
         changed = replace(diff(before, now), name=f"{run.name} (to {stage})")
-        found = PassRecord(run.name, stage, run.changes, run.seconds, changed)
+        found = PassRecord(run.name, stage, run.changes, run.seconds, changed, tuple(remarks([run])))
         self._stage.set((stage, now))
         for recording in _ACTIVE.get():
             recording.passes.append(found)

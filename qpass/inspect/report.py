@@ -139,10 +139,11 @@ def report_graphs(
     parts = [(region, record) for gm, record in zip(graphs, records, strict=True) for region in regions(gm)]
     every_region = [region for region, _ in parts]
     notes = [note for gm in graphs for note in _notes(gm)] + conclusions(communications)
+    notes += [note for each in communications for decisions in each.graphs for note in decisions.notes]
     found = Report(
         stage=", ".join(dict.fromkeys(record.stage for record in records)) or "compiled",
         target=", ".join(dict.fromkeys(record.target for record in records if record.target)),
-        rows=tuple(row for region, record in parts for row in operations(region, record.stage)),
+        rows=tuple(row for region, record in parts for row in operations(region, record.stage, record.passes)),
         bytes_before=sizes.constants,
         bytes_after=constant_bytes(every_region),
         leftover=_leftover(every_region),

@@ -1,16 +1,46 @@
-"""What every pass is."""
+"""What every pass is, and what it says of its work."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import fx
 
 
 @dataclass(frozen=True)
+class PassResult:
+    """What one run of a pass did to one graph.
+
+    Attributes:
+        changed: the number of changes, 0 for none.
+        notes: sentences that are worth reporting; the report of the graph shows them.
+        refusals: what the pass was to do and did not, each with its place and the reason; shown as well.
+        found: values for the caller of the pipeline, which are neither changes nor sentences.
+    """
+
+    changed: int = 0
+    notes: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+    found: tuple[Any, ...] = ()
+
+    def __add__(self, other: PassResult) -> PassResult:
+        """Both results as one; what is said twice is said once."""
+        return PassResult(
+            self.changed + other.changed,
+            tuple(dict.fromkeys((*self.notes, *other.notes))),
+            tuple(dict.fromkeys((*self.refusals, *other.refusals))),
+            (*self.found, *other.found),
+        )
+
+
+@dataclass(frozen=True)
 class Pass:
-    """One law over one graph. Fields are its options; ``run`` returns how many changes it made, 0 for none."""
+    """One law over one graph. Fields are its options; ``run`` says what it did, and changes nothing but the graph."""
+
+    whole: ClassVar[bool] = False
+    """A whole pass is run once over a graph: it goes through the regions by itself, and leaves no dead code."""
 
     @property
     def name(self) -> str:
@@ -20,8 +50,8 @@ class Pass:
     def requires(self, gm: fx.GraphModule) -> None:
         """Raise a ``QpassError`` when the pass cannot run on ``gm``."""
 
-    def run(self, gm: fx.GraphModule) -> int:
-        """Transform one region and return the number of changes; a second run returns 0."""
+    def run(self, gm: fx.GraphModule) -> PassResult | int:
+        """Transform one region, in place; a second run changes nothing. A number stands for so many changes."""
         raise NotImplementedError
 
     def ensures(self, gm: fx.GraphModule) -> None:

@@ -1,7 +1,7 @@
 """The plain form of a captured graph: no in-place writes, no operators that do nothing, nothing unused.
 
-Every pass here is exact, bit for bit, runs in time linear in the graph, returns how many nodes it changed, and leaves
-the recompilation of the graph modules it edits to the caller. Regions are normalised too.
+Every step here is exact, bit for bit, runs in time linear in the graph, returns how many nodes it changed, and leaves
+the recompilation of the graph modules it edits to the caller. Regions are normalised too. `plain_form` has the passes.
 """
 
 from __future__ import annotations
@@ -16,30 +16,13 @@ from torch import fx
 
 from qpass import torch_private
 from qpass.ir.alias import Memory, aliased_inputs, all_arguments, arguments, storages, written_inputs
-from qpass.ir.edit import get_constant, rebuild
+from qpass.ir.edit import get_constant
 from qpass.ir.fake import fake_call
 from qpass.ir.gradient import DETACH, differentiable
 from qpass.ir.modes import DROPOUT
-from qpass.ir.regions import Types, inline_set_grad, regions, sink_constants
+from qpass.ir.regions import regions
 
 aten = torch.ops.aten
-
-
-def normalize(gm: fx.GraphModule, types: Types | None = None, trains: bool = False) -> fx.GraphModule:
-    """A graph module around ``gm``'s own graph, in plain form, that holds just what the graph still reads.
-
-    All passes of this file and of ``regions`` in order, and one recompilation. ``types`` maps module paths to module
-    types, for the nodes of regions (see :func:`sink_constants`). ``trains``: gradients stop where the model stops them.
-    """
-    inline_set_grad(gm, trains)
-    sink_constants(gm, types)
-    functionalize_inplace(gm)
-    drop_noops(gm, trains)
-    eliminate_dead(gm)
-    for region in regions(gm):
-        if region is not gm:
-            region.recompile()
-    return rebuild(gm)
 
 
 def functionalize_inplace(gm: fx.GraphModule) -> int:

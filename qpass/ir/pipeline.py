@@ -5,14 +5,15 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import fx
 
-from qpass.ir.frame import Pass
+from qpass.errors import ConfigError, InputError, near
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.record import Stage, graph_record
 from qpass.ir.regions import regions
 from qpass.ir.verify import verify
@@ -22,11 +23,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PassRun:
-    """One pass over one graph: how many changes it made, and its time in seconds."""
+    """One pass over a graph and its regions: what it did, and its time in seconds."""
 
     name: str
-    changes: int
+    result: PassResult
     seconds: float
+
+    @property
+    def changes(self) -> int:
+        """The number of changes that it made."""
+        return self.result.changed
 
 
 class Watcher(Protocol):
@@ -41,68 +47,135 @@ class Watcher(Protocol):
 WATCHERS: list[Watcher] = []
 """Asked at the start of every pipeline; those that watch see the graph then and after each pass, untimed."""
 
+Callback = Callable[[fx.GraphModule, PassRun], None]
+
 
 def is_recorded() -> bool:
     """Whether somebody waits for the passes that would run now: then no cache may spare them."""
     return any(watcher.is_recording() for watcher in WATCHERS)
 
 
-def watch(gm: fx.GraphModule, stage: Stage) -> list[Callable[[fx.GraphModule, PassRun], None]]:
-    """Show ``gm`` to all who watch, before its passes run; returns what is to be called after each of them."""
-    watching = [watcher for watcher in WATCHERS if watcher.is_watching()]
-    for watcher in watching:
-        watcher.start(gm, stage)
-    return [watcher.after for watcher in watching]
-
-
-def run_pass(
-    step: Pass, gm: fx.GraphModule, graphs: Iterable[fx.GraphModule], after: Iterable[Callable[..., None]]
-) -> PassRun:
-    """Run one pass over each of ``graphs``, regions of ``gm``, and tell those who are to know ``after`` it.
-
-    Dead code goes where the pass changed something.
-    """
-    start = time.perf_counter()
-    changes = 0
-    for graph in graphs:
-        step.requires(graph)
-        changed = step.run(graph)
-        if changed:
-            graph.graph.eliminate_dead_code()
-        step.ensures(graph)
-        changes += changed
-    run = PassRun(step.name, changes, time.perf_counter() - start)
-    log.debug("%s: %d changes in %.1f ms", run.name, run.changes, run.seconds * 1e3)
-    for callback in after:
-        callback(gm, run)
-    return run
-
-
 @dataclass(frozen=True)
 class Pipeline:
     """``passes`` run in order over a graph and all its regions; the result is at ``stage`` and obeys its spec.
 
-    ``between`` is called after each pass with the graph and its :class:`PassRun`; verification between passes is one
-    such callback, as recording is.
+    A pipeline is a value: `before`, `after`, `without` and `replace` make another one. ``foreign``: the graph belongs
+    to somebody else, as a fresh trace and Inductor's post-grad graph do. Its regions are left to the passes, it is
+    linted and not verified, and its record is left alone.
     """
 
     stage: Stage
     passes: tuple[Pass, ...]
+    foreign: bool = False
 
-    def run(
-        self, gm: fx.GraphModule, between: Sequence[Callable[[fx.GraphModule, PassRun], None]] = ()
-    ) -> list[PassRun]:
+    def run(self, gm: fx.GraphModule, between: Sequence[Callback] = ()) -> list[PassRun]:
         """Run on ``gm`` in place. Dead code goes after each pass that changed something.
 
-        The caller rebuilds ``gm`` when all is done, which generates its code.
+        ``between`` is called after each pass with the graph and its :class:`PassRun`. What passes note and refuse is
+        kept in the graph's record, for the report. The caller rebuilds ``gm`` when all is done, which generates its
+        code.
+
+        Raises:
+            InputError: a pass returned something that is no result of a pass.
+            VerifyError: the result breaks the spec of ``stage``.
         """
+        watching = [watcher for watcher in WATCHERS if watcher.is_watching()]
+        for watcher in watching:
+            watcher.start(gm, self.stage)
         runs = []
-        watching = watch(gm, self.stage)
         for step in self.passes:
-            runs.append(run_pass(step, gm, list(regions(gm)), (*between, *watching)))
-        graph_record(gm).stage = self.stage
-        verify(gm, self.stage)
+            runs.append(_run(step, gm, self.foreign))
+            for callback in (*between, *(watcher.after for watcher in watching)):
+                callback(gm, runs[-1])
+        if self.foreign:
+            gm.graph.lint()
+        else:
+            record = graph_record(gm)
+            record.stage = self.stage
+            record.notes = list(dict.fromkeys((*record.notes, *remarks(runs))))
+            record.passes = tuple(dict.fromkeys((*record.passes, *(run.name for run in runs))))
+            verify(gm, self.stage)
         return runs
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the passes, in order."""
+        return tuple(step.name for step in self.passes)
+
+    def before(self, name: str, *passes: Pass) -> Pipeline:
+        """The pipeline with ``passes`` before the first pass of this name.
+
+        Raises:
+            ConfigError: no pass has this name, with the nearest one.
+            InputError: something given is no pass.
+        """
+        return self._spliced(self._places(name)[0], 0, passes)
+
+    def after(self, name: str, *passes: Pass) -> Pipeline:
+        """The pipeline with ``passes`` behind the last pass of this name; raises as `before` does."""
+        return self._spliced(self._places(name)[-1] + 1, 0, passes)
+
+    def without(self, name: str) -> Pipeline:
+        """The pipeline without the passes of this name; raises as `before` does."""
+        places = self._places(name)
+        return replace(self, passes=tuple(step for place, step in enumerate(self.passes) if place not in places))
+
+    def replace(self, name: str, *passes: Pass) -> Pipeline:
+        """The pipeline with ``passes`` instead of each pass of this name; raises as `before` does."""
+        result = self
+        for place in reversed(self._places(name)):
+            result = result._spliced(place, 1, passes)
+        return result
+
+    def _places(self, name: str) -> list[int]:
+        places = [place for place, known in enumerate(self.names) if known == name]
+        if not places:
+            raise ConfigError(
+                f"the pipeline to the {self.stage} stage has no pass {name!r}{near(name, self.names)}",
+                hint=f"its passes are {', '.join(self.names) or 'none'}",
+            )
+        return places
+
+    def _spliced(self, place: int, dropped: int, passes: tuple[Pass, ...]) -> Pipeline:
+        for step in passes:
+            if not isinstance(step, Pass):
+                what = f"a pipeline takes passes, and was given {step!r}"
+                raise InputError(what, hint="derive from qpass.passes.Pass, and give an object, not the class")
+        return replace(self, passes=(*self.passes[:place], *passes, *self.passes[place + dropped :]))
+
+
+def _run(step: Pass, gm: fx.GraphModule, alone: bool) -> PassRun:
+    """Run one pass over ``gm`` and, unless it does so itself or is to leave them ``alone``, over the regions."""
+    start = time.perf_counter()
+    total = PassResult()
+    for graph in [gm] if alone or step.whole else list(regions(gm)):
+        step.requires(graph)
+        result = _as_result(step, step.run(graph))
+        if result.changed and not step.whole:
+            graph.graph.eliminate_dead_code()
+        step.ensures(graph)
+        total += result
+    run = PassRun(step.name, total, time.perf_counter() - start)
+    log.debug("%s: %d changes in %.1f ms", run.name, run.changes, run.seconds * 1e3)
+    return run
+
+
+def _as_result(step: Pass, returned: object) -> PassResult:
+    if isinstance(returned, PassResult):
+        return returned
+    if isinstance(returned, int):
+        return PassResult(returned)
+    raise InputError(
+        f"the pass {step.name} returned {type(returned).__name__}, which is no result of a pass",
+        hint="return qpass.passes.PassResult(changed, notes, refusals), or the number of changes",
+    )
+
+
+def remarks(runs: Sequence[PassRun]) -> Iterator[str]:
+    """What passes noted, and what they refused, as sentences for a report."""
+    for run in runs:
+        yield from run.result.notes
+        yield from (f"not done by {run.name}: {refusal}" for refusal in run.result.refusals)
 
 
 @contextmanager

@@ -72,6 +72,7 @@ class GraphRecord:
 
     ``float_bytes`` are those of all constants of the float model, ``weight_bytes`` those of its floating-point ones
     that it does not write to, and ``weight_bytes_kept`` those among them that operations read in floating point.
+    ``passes`` are the names of those that ran on it, each once: what they inserted is no operation of the model.
     """
 
     stage: Stage = "captured"
@@ -81,6 +82,7 @@ class GraphRecord:
     weight_bytes: int = 0
     weight_bytes_kept: int = 0
     notes: list[str] = field(default_factory=list)
+    passes: tuple[str, ...] = ()
 
 
 def record_of(node: fx.Node) -> NodeRecord | None:

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 from torch import fx
 
-from qpass.comm.graph.passes.lower_collectives import LowerCollectives
 from qpass.errors import LowerError, StrictError
 from qpass.ir.edit import copy_graph_module, rebuild
 from qpass.ir.module import Draft
 from qpass.ir.pipeline import Pipeline, without_gc
 from qpass.ir.record import graph_record, record_of
 from qpass.ir.regions import regions
-from qpass.quantize.passes.carry_codes import CarryCodes
-from qpass.quantize.passes.fold_constants import FoldConstants
-from qpass.quantize.passes.keep_strides import KeepStrides
-from qpass.quantize.passes.lower_islands import LowerIslands
-from qpass.quantize.passes.merge_siblings import MergeSiblings
+from qpass.quantize.pipelines import lower_pipeline, refuse_misfit, target_of
 from qpass.targets import Target, get
 
 
-def pipeline(target: Target) -> Pipeline:
-    """The passes from the quantized to the lowered stage."""
-    islands = (MergeSiblings(target), LowerIslands(target, target.missing()))
-    return Pipeline("lowered", (LowerCollectives(), CarryCodes(), *islands, KeepStrides(), FoldConstants()))
-
-
 @without_gc()
-def lower_graph(quantized: fx.GraphModule, target: str | Target = "", strict: bool = False) -> fx.GraphModule:
+def lower_graph(
+    quantized: fx.GraphModule, target: str | Target = "", strict: bool = False, pipeline: Pipeline | None = None
+) -> fx.GraphModule:
     """A lowered copy of a quantized graph; weights that no kernel packs are shared with it.
+
+    ``pipeline`` is run instead of the standard one.
 
     Raises:
         LowerError: the graph is not at the quantized stage.
@@ -37,8 +30,13 @@ def lower_graph(quantized: fx.GraphModule, target: str | Target = "", strict: bo
     if record.stage != "quantized":
         what = f"lower takes a quantized graph, and this one is {record.stage}"
         raise LowerError(what, hint="call qpass.convert first")
+    chosen = get(target or target_of(pipeline) or record.target or "x86")
+    if pipeline is None:
+        pipeline = lower_pipeline(chosen)
+    refuse_misfit(pipeline, "lowered", target=chosen)
     gm = copy_graph_module(quantized, Draft)
-    pipeline(get(target or record.target or "x86")).run(gm)
+    graph_record(gm).target = chosen.name
+    pipeline.run(gm)
     gm = rebuild(gm)
     if strict:
         unfused = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
@@ -15,56 +17,57 @@ from qpass.ir.ownership import own_tensors
 from qpass.ir.pipeline import Pipeline, without_gc
 from qpass.ir.record import graph_record, record_of
 from qpass.ir.regions import regions
-from qpass.quantize.passes.annotate import Annotate
-from qpass.quantize.passes.assign_compute_dtype import AssignComputeDtype
-from qpass.quantize.passes.cast_compute_dtype import CastComputeDtype
-from qpass.quantize.passes.expand_attention import ExpandAttention
-from qpass.quantize.passes.fold_batch_norm import FoldBatchNorm
-from qpass.quantize.passes.fold_constants import FoldConstants
-from qpass.quantize.passes.hoist_casts import HoistCasts
-from qpass.quantize.passes.insert_modes import InsertModes
-from qpass.quantize.passes.insert_observers import InsertObservers
-from qpass.quantize.passes.keep_strides import KeepStrides
-from qpass.quantize.passes.lower_observers import LowerObservers
-from qpass.quantize.passes.remove_modes import RemoveModes
-from qpass.quantize.passes.set_dropout_aside import SetDropoutAside
-from qpass.spec.config import Config, resolve_compute_dtype, unmatched
+from qpass.islands.float_weights import FloatWeights
+from qpass.quantize.passes.annotate import Annotate, Seen
+from qpass.quantize.pipelines import convert_pipeline, prepare_pipeline, refuse_misfit
+from qpass.spec.config import Config, unmatched
 from qpass.spec.fake_quantize import FakeQuantizeBase
 from qpass.targets import Target
 
 
 @without_gc()
 def prepare_graph(
-    captured: fx.GraphModule, config: Config, target: str | Target, partial: bool = False
-) -> fx.GraphModule:
+    captured: fx.GraphModule, config: Config, target: str | Target, partial: bool = False,
+    pipeline: Pipeline | None = None,
+) -> fx.GraphModule:  # fmt: skip
     """A prepared copy of a captured graph; weights are shared, unless they are to be trained. ``partial``: the graph
-    may be a part of a model, whose other parts the overrides may mean.
+    may be a part of a model, whose other parts the overrides may mean. ``pipeline`` is run instead of the standard one.
 
     Raises:
-        ConfigError: an override matches nothing, the target is unknown, or nothing can be quantized.
+        ConfigError: an override matches nothing, the target is unknown, nothing can be quantized, or the pipeline was
+            made for something else.
     """
     chosen = targets.for_graph(captured, target)
+    if pipeline is None:
+        pipeline = prepare_pipeline(config, chosen)
+    refuse_misfit(pipeline, "prepared", config, chosen)
     gm = copy_graph_module(captured, Draft)
     record = graph_record(gm)
-    record.config = config
+    record.config, record.target = config, chosen.name
     record.float_bytes = constant_bytes(gm)
-    annotate = Annotate(config, chosen)
-    dtype = resolve_compute_dtype(config, chosen.fast_dtype())
-    expands = chosen.expands_attention()
-    casts = () if dtype is None else (AssignComputeDtype(dtype, expands),)
-    passes = (SetDropoutAside(), annotate, InsertObservers(), *casts, InsertModes())
-    Pipeline("prepared", passes).run(gm)
-    seen = annotate.seen
-    record.weight_bytes, record.weight_bytes_kept = seen.weights.total, seen.weights.kept
-    fault = unmatched(config, seen.overrides, seen.paths, seen.ops, seen.paths.values())
-    if fault is not None and not partial:
-        raise fault
+    weights = FloatWeights()
+    steps = (replace(step, weights=weights) if isinstance(step, Annotate) else step for step in pipeline.passes)
+    runs = replace(pipeline, passes=tuple(steps)).run(gm)
+    record.weight_bytes, record.weight_bytes_kept = weights.total, weights.kept
+    found = [each for run in runs for each in run.result.found if isinstance(each, Seen)]
+    if found and not partial:
+        refuse_unmatched(config, found)
     refuse_nothing_quantized(gm)
     gm = rebuild(gm)
     if config.trains:
         own_tensors(gm)
         fit_weights(gm)
     return gm
+
+
+def refuse_unmatched(config: Config, found: list[Seen]) -> None:
+    """Raise where an override matches nothing in any region."""
+    seen = Seen()
+    for each in found:
+        seen.join(each)
+    fault = unmatched(config, seen.overrides, seen.paths, seen.ops, seen.paths.values())
+    if fault is not None:
+        raise fault
 
 
 def fit_weights(gm: fx.GraphModule) -> None:
@@ -86,8 +89,10 @@ def fit_weights(gm: fx.GraphModule) -> None:
 
 
 @without_gc()
-def convert_graph(prepared: fx.GraphModule, strict: bool = False) -> fx.GraphModule:
+def convert_graph(prepared: fx.GraphModule, strict: bool = False, pipeline: Pipeline | None = None) -> fx.GraphModule:
     """A quantized copy of a prepared graph, which stays usable; what stays in float is shared with it.
+
+    ``pipeline`` is run instead of the standard one.
 
     Raises:
         ConvertError: the graph is not at the prepared stage.
@@ -102,14 +107,13 @@ def convert_graph(prepared: fx.GraphModule, strict: bool = False) -> fx.GraphMod
             "lowered": "it is converted and lowered already",
         }
         raise ConvertError(f"convert takes a prepared model, and this graph is {stage}", hint=hints[stage])
+    if pipeline is None:
+        pipeline = convert_pipeline()
+    refuse_misfit(pipeline, "quantized")
     if strict:
         refuse_left_in_float(prepared)
     gm = copy_graph_module(prepared, Draft)
-    passes = (
-        RemoveModes(), FoldBatchNorm(), LowerObservers(),
-        CastComputeDtype(), ExpandAttention(), HoistCasts(), KeepStrides(), FoldConstants(),
-    )  # fmt: skip
-    Pipeline("quantized", passes).run(gm)
+    pipeline.run(gm)
     gm = rebuild(gm)
     freeze(gm)
     return gm

@@ -275,3 +275,18 @@ def test_a_function_is_reported_past_its_graph_breaks() -> None:
     ]
     assert str(report).count("the policy names all_gather only") == 2
     assert report.to_dict()["transfers"][0]["collective"] == "all_reduce"
+
+
+def test_what_inductors_own_schedule_switches_off_is_in_the_report_and_in_what_a_cache_has() -> None:
+    counters.clear()
+    policy = PLAIN.override("bf16", backward=True, min_bytes=0)
+    said = (
+        "Inductor schedules the collectives (bucket_all_gathers_fx='all'), so qpass sends each payload whole: it does "
+        "not split large ones, does not join small ones, and does not resolve symbolic sizes"
+    )
+    assert step(policy)[0].notes == ()
+    with torch._inductor.config.patch(bucket_all_gathers_fx="all"):
+        assert step(policy)[0].notes == (said,)
+        assert step(policy)[0].notes == (said,)
+        assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+        assert step(PLAIN)[0].notes == ()  # nothing is sent as a payload

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 record_module: Any = sys.modules["qpass.inspect.record"]  # `qpass.inspect.record` is the function
 CONVERT = [
     "remove_modes", "fold_batch_norm", "lower_observers", "cast_compute_dtype", "expand_attention", "hoist_casts",
-    "fold_constants",
+    "keep_strides", "fold_constants",
 ]  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_each_pass_and_what_it_changed(prepared: fx.GraphModule) -> None:
         quantized = qpass.convert(prepared)
     assert [found.name for found in passes] == CONVERT
     assert {found.stage for found in passes} == {"quantized"}
-    assert [found.changed for found in passes] == [False, True, True, False, False, False, True]
+    assert [found.changed for found in passes] == [False, True, True, False, False, False, False, True]
     assert [found.changes for found in passes][:3] == [0, 1, 4]
     assert all(found.seconds > 0 for found in passes)
     fold = passes["fold_batch_norm"].diff
@@ -62,7 +62,7 @@ def test_the_table(prepared: fx.GraphModule) -> None:
     with qpass.record() as passes:
         convert_graph(prepared)
     lines = str(passes).splitlines()
-    assert lines[0].startswith("qpass record: 7 passes, 3 changed the graph, ")
+    assert lines[0].startswith("qpass record: 8 passes, 3 changed the graph, ")
     assert lines[1].split() == ["stage", "pass", "changed", "said", "+", "-", "~", "ms"]
     assert lines[4].split()[:4] == ["quantized", "fold_batch_norm", "yes", "1"]
     assert lines[6].split()[:3] == ["quantized", "cast_compute_dtype", "0"]
@@ -108,7 +108,7 @@ def test_recordings_nest_and_threads_are_apart(prepared: fx.GraphModule) -> None
         other.start()
         other.join()
     convert_graph(prepared)
-    assert (len(outer), len(inner)) == (14, 7)
+    assert (len(outer), len(inner)) == (16, 8)
 
 
 def test_nothing_is_looked_at_when_nobody_looks(prepared: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +178,8 @@ def test_the_backend_is_recorded_too(prepared: fx.GraphModule) -> None:
     quantized = qpass.convert(prepared)
     with qpass.record() as passes, torch.no_grad():
         torch.compile(quantized, backend="qpass")(torch.randn(2, 2, 4, 4))
-    names = ["lower_collectives", "carry_codes", "merge_siblings", "lower_islands", "fold_constants"]
-    assert [found.name for found in passes] == names
-    assert {found.stage for found in passes} == {"lowered"}
+    lowering = ["lower_collectives", "carry_codes", "merge_siblings", "lower_islands", "keep_strides", "fold_constants"]
+    pipelines = {stage: [found.name for found in passes if found.stage == stage] for stage in ("captured", "quantized")}
+    assert pipelines["captured"] == list(qpass.passes.normalization_pipeline().names)
+    assert pipelines["quantized"] == ["recognise_islands"]
+    assert [found.name for found in passes][6:] == lowering

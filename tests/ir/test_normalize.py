@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import export
 
-from qpass.ir.normalize import drop_noops, eliminate_dead, functionalize_inplace, normalize
+from qpass.ir.normalize import drop_noops, eliminate_dead, functionalize_inplace
+from qpass.ir.plain_form import normalize
 from qpass.ir.text import graph_text
 
 aten = torch.ops.aten

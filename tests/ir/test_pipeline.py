@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from torch import Tensor, fx, nn
 import qpass
 from interpret import operators
 from qpass.capture.export import capture
-from qpass.errors import ConvertError, VerifyError
+from qpass.errors import ConfigError, ConvertError, InputError, VerifyError
 from qpass.ir.edit import copy_graph_module, rebuild
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.pipeline import PassRun, Pipeline
 from qpass.ir.record import Stage, graph_record
 from qpass.ir.text import target_name
 from qpass.ir.verify import verify
-from qpass.quantize.lower import pipeline
+from qpass.quantize.pipelines import lower_pipeline
 from qpass.targets import X86
 from road import STATIC, Do, road
 
@@ -120,8 +120,9 @@ def test_a_pass_that_cannot_run_stops_the_pipeline_before_it_changes_anything() 
 
 
 def test_each_pass_is_logged_with_its_count_and_time(caplog: pytest.LogCaptureFixture) -> None:
+    gm = captured()
     with caplog.at_level(logging.DEBUG, logger="qpass.ir.pipeline"):
-        Pipeline("captured", (DropNegatives(),)).run(captured())
+        Pipeline("captured", (DropNegatives(),)).run(gm)
     messages = [record.getMessage() for record in caplog.records if record.name == "qpass.ir.pipeline"]
     assert [message.partition(" in ")[0] for message in messages] == ["drop_negatives: 2 changes"]
 
@@ -154,7 +155,7 @@ def test_the_real_passes_leave_a_valid_graph_each(name: str) -> None:
         stages.append((run.name, graph_record(gm).stage))
 
     copy = copy_graph_module(quantized)
-    pipeline(X86).run(copy, between=(check,))
+    lower_pipeline(X86).run(copy, between=(check,))
     passes = ["lower_collectives", "carry_codes", "merge_siblings", "lower_islands", "keep_strides", "fold_constants"]
     assert [step for step, _ in stages] == passes
     assert {stage for _, stage in stages} == {"quantized"}  # the stage is reached when all have run
@@ -166,3 +167,73 @@ def test_the_real_passes_leave_a_valid_graph_each(name: str) -> None:
 def test_a_road_ends_where_it_says() -> None:
     r = road(nn.Linear(4, 4), torch.randn(3, 4), config=STATIC)
     assert [graph_record(gm).stage for gm in r[:3]] == ["prepared", "quantized", "lowered"]
+
+
+@dataclass(frozen=True)
+class Says(Pass):
+    note: str
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        return PassResult(notes=(self.note,), refusals=("a: too small",), found=(len(gm.graph.nodes),))
+
+
+def test_what_passes_say_of_all_regions_is_in_the_run_and_in_the_record() -> None:
+    model = Do(lambda m, x: torch.cond(x.sum() > 0, lambda y: torch.exp(y), lambda y: torch.sin(y), (x,)))
+    gm = capture(model, (torch.randn(3, 4),))
+    graph_record(gm).notes = ["known before"]
+    (run,) = Pipeline("captured", (Says("b is large"),)).run(gm)
+    assert run.result.notes == ("b is large",)  # said for each of three graphs, and told once
+    assert run.result.refusals == ("a: too small",)
+    assert [found > 0 for found in run.result.found] == [True] * 3
+    assert graph_record(gm).notes == ["known before", "b is large", "not done by says: a: too small"]
+    assert graph_record(gm).passes == ("says",)
+
+
+def test_a_number_is_a_result_and_anything_else_is_refused() -> None:
+    class Counts(Pass):
+        def run(self, gm: fx.GraphModule) -> int:
+            return 3
+
+    class ReturnsTheGraph(Pass):
+        def run(self, gm: fx.GraphModule) -> fx.GraphModule:  # type: ignore[override]
+            return gm
+
+    (run,) = Pipeline("captured", (Counts(),)).run(captured())
+    assert run.result == PassResult(3)
+    with pytest.raises(InputError, match=r"the pass returns_the_graph returned .*, which is no result"):
+        Pipeline("captured", (ReturnsTheGraph(),)).run(captured())
+
+
+def test_pipelines_are_values_that_make_other_ones() -> None:
+    first, second = Says("1"), Says("2")
+    pipeline = Pipeline("captured", (DropNegatives(), first))
+    assert pipeline.names == ("drop_negatives", "says")
+    assert pipeline.before("drop_negatives", second).passes == (second, *pipeline.passes)
+    assert pipeline.after("drop_negatives", second).passes == (pipeline.passes[0], second, first)
+    assert pipeline.after("says", second, second).passes == (*pipeline.passes, second, second)
+    assert pipeline.without("says").passes == pipeline.passes[:1]
+    assert pipeline.replace("says", second).passes == (pipeline.passes[0], second)
+    assert pipeline.before("says", second).without("says").names == ("drop_negatives",)
+    assert pipeline == Pipeline("captured", pipeline.passes)  # none of them changed it
+    with pytest.raises(ConfigError, match=r"no pass 'drop_negative' \(did you mean 'drop_negatives'\?\)") as raised:
+        pipeline.before("drop_negative", second)
+    assert raised.value.hint == "its passes are drop_negatives, says"
+    with pytest.raises(InputError, match="a pipeline takes passes"):
+        pipeline.after("says", Says)  # type: ignore[arg-type]  # the class
+
+
+def test_a_foreign_graph_keeps_its_record_and_its_regions() -> None:
+    model = Do(lambda m, x: torch.cond(x.sum() > 0, lambda y: torch.exp(-y), lambda y: torch.sin(-y), (-x,)))
+    gm = capture(model, (torch.randn(3, 4),))
+    before = replace(graph_record(gm))
+    (run,) = Pipeline("lowered", (DropNegatives(),), foreign=True).run(gm)
+    assert run.changes == 1
+    assert graph_record(gm) == before
+
+
+def test_normalisation_is_a_pipeline_that_recordings_see() -> None:
+    with qpass.record() as passes:
+        gm = capture(Do(lambda m, x: torch.relu_(x + 1)), (torch.randn(3, 4),))
+    assert tuple(found.name for found in passes) == qpass.passes.normalization_pipeline().names
+    assert passes["functionalize_inplace"].changes == 1
+    assert "relu" in operators(gm)

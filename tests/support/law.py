@@ -30,10 +30,10 @@ from qpass.ir.edit import copy_graph_module
 from qpass.ir.pipeline import Pipeline
 from qpass.ir.text import target_name
 from qpass.islands.qdq import Pair, as_dequantize, as_quantize, cast_of
-from qpass.quantize.lower import pipeline
 from qpass.quantize.passes.annotate import ISLAND
 from qpass.quantize.passes.assign_compute_dtype import ROWS
 from qpass.quantize.passes.carry_codes import CarryCodes
+from qpass.quantize.pipelines import lower_pipeline
 from qpass.spec import PerChannel, PerGroup
 from qpass.targets import X86
 
@@ -70,7 +70,7 @@ def compare_kernels(quantized: fx.GraphModule, *inputs: Tensor) -> list[Compared
     lowered = copy_graph_module(reference)
     stands_for: dict[str, str] = {}
     lowered._register_replace_node_hook(lambda old, new, user: stands_for.update({new: old.name}))
-    pipeline(X86).run(lowered)
+    lower_pipeline(X86).run(lowered)
     follower = _Follower(lowered, {node.name: value for node, value in known.items()}, stands_for)
     with torch.no_grad():
         follower.run(*inputs)

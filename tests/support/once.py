@@ -16,7 +16,7 @@ def run_once(step: Pass, gm: fx.GraphModule, *inputs: Tensor) -> int:
     """
     old = set(gm.graph.nodes)
     step.requires(gm)
-    count = step.run(gm)
+    count = step.run(gm).changed
     gm.graph.eliminate_dead_code()
     step.ensures(gm)
     gm.graph.lint()
@@ -28,6 +28,6 @@ def run_once(step: Pass, gm: fx.GraphModule, *inputs: Tensor) -> int:
         assert node.meta.get("nn_module_stack"), f"{node} has lost the user's module"
     assert_true_vals(gm, *inputs)
     text = operators(gm)
-    assert step.run(gm) == 0
+    assert step.run(gm).changed == 0
     assert operators(gm) == text
     return count

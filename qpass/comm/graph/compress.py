@@ -26,7 +26,7 @@ from qpass.comm.policy.policy import Policy, policy
 from qpass.comm.wire.codec import Codec
 from qpass.errors import ConfigError, StrictError
 from qpass.ir.frame import Pass
-from qpass.ir.pipeline import run_pass, watch
+from qpass.ir.pipeline import Pipeline
 from qpass.ir.record import NodeRecord, records_of
 from qpass.ir.source import where
 
@@ -53,17 +53,7 @@ def compress(
     wanted = policy(comm)
     if seen is None:
         refuse_unmatched(seen_in(gm, wanted, backward).looked_for(wanted.overrides))
-    # What others rounded or cast is sent narrow first, so that nothing is rounded twice on its way.
-    steps: list[Pass] = [LowerCollectives(), InsertCodecs(wanted, backward, gradients), LowerCollectives()]
-    watching = watch(gm, "lowered")
-    if inductor and not _inductor_schedules():
-        steps += [ResolveSizes(), SplitTransfers()]
-        steps += [JoinTransfers()] if wanted.join else []
-    if inductor and wanted.fuse:
-        steps.append(ExpandCodecs())
-    for step in steps:
-        run_pass(step, gm, (gm,), watching)
-    gm.graph.lint()
+    compression_pipeline(wanted, backward, gradients, inductor).run(gm)
     missed = [(node, record) for node, record in _decided(gm) if record.is_missed]
     if strict and missed:
         places = "\n         ".join(f"{where(node)}: {record.op}: {record.reason}" for node, record in missed)
@@ -71,6 +61,32 @@ def compress(
         raise StrictError(f"collectives that are wanted compressed and are not: {len(missed)}", where=places, hint=hint)
     gm.recompile()
     return gm
+
+
+def compression_pipeline(
+    wanted: Policy, backward: bool = False, gradients: Collection[int] | None = None, inductor: bool = False
+) -> Pipeline:
+    """The passes of `compress`, whose arguments these are."""
+    # What others rounded or cast is sent narrow first, so that nothing is rounded twice on its way.
+    steps: list[Pass] = [LowerCollectives(), InsertCodecs(wanted, backward, gradients), LowerCollectives()]
+    if inductor and not inductor_schedules():
+        steps += [ResolveSizes(), SplitTransfers()]
+        steps += [JoinTransfers()] if wanted.join else []
+    if inductor and wanted.fuse:
+        steps.append(ExpandCodecs())
+    return Pipeline("lowered", tuple(steps), foreign=True)
+
+
+def left_to_inductor(wanted: Policy, records: Iterable[NodeRecord]) -> tuple[str, ...]:
+    """What is said of a compressed graph whose collectives Inductor was asked to move or to join."""
+    options = inductor_schedules()
+    if not options or not any(record.outcome == "lowered" for record in records):
+        return ()
+    joins = ", does not join small ones" if wanted.join else ""
+    return (
+        f"Inductor schedules the collectives ({', '.join(options)}), so qpass sends each payload whole: it does not "
+        f"split large ones{joins}, and does not resolve symbolic sizes",
+    )
 
 
 def collectives(gm: fx.GraphModule) -> list[NodeRecord]:
@@ -85,12 +101,16 @@ def refuse_unmatched(overrides: Iterable[tuple[str, bool, str]]) -> None:
         raise ConfigError(f"{said[0].upper()}{said[1:]}.", hint="correct the name, or remove the override")
 
 
-def _inductor_schedules() -> bool:
-    """Whether Inductor is asked to move or join collectives, which it can do with its own ones only."""
+def inductor_schedules() -> list[str]:
+    """The options by which Inductor is asked to move or join collectives, which it can do with its own ones only."""
     config = torch_private.inductor_config
-    buckets = (config.bucket_all_gathers_fx, config.bucket_all_reduces_fx, config.bucket_reduce_scatters_fx)
-    moves = config.reorder_for_compute_comm_overlap or config.aten_distributed_optimizations.enable_overlap_scheduling
-    return moves or any(bucket != "none" for bucket in buckets)
+    buckets = ("bucket_all_gathers_fx", "bucket_all_reduces_fx", "bucket_reduce_scatters_fx")
+    found = [f"{name}={getattr(config, name)!r}" for name in buckets if getattr(config, name) != "none"]
+    if config.reorder_for_compute_comm_overlap:
+        found.append("reorder_for_compute_comm_overlap")
+    if config.aten_distributed_optimizations.enable_overlap_scheduling:
+        found.append("aten_distributed_optimizations.enable_overlap_scheduling")
+    return found
 
 
 def _decided(gm: fx.GraphModule) -> Iterable[tuple[fx.Node, NodeRecord]]:

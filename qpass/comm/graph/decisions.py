@@ -27,12 +27,13 @@ class GraphDecisions:
     """The decision about each collective of one compiled graph, in its order.
 
     ``overrides`` are those of the policy that are meant for such a graph, each with whether it met a collective, and a
-    name near to what it says.
+    name near to what it says. ``notes`` are sentences about the whole graph.
     """
 
     backward: bool
     records: tuple[NodeRecord, ...] = ()
     overrides: tuple[tuple[str, bool, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """One line a collective: what it is and where, how it is sent, and bytes or a reason."""
@@ -72,6 +73,7 @@ def keep(decisions: GraphDecisions) -> None:
         "backward": decisions.backward,
         "records": [{name: getattr(record, name) for name in _KEPT} for record in decisions.records],
         "overrides": decisions.overrides,
+        "notes": decisions.notes,
     }
     torch_private.counters["inductor"][PREFIX + json.dumps(plain)] += 1
 
@@ -87,4 +89,4 @@ def _read(name: str) -> GraphDecisions:
     plain = json.loads(name.removeprefix(PREFIX))
     records = tuple(NodeRecord(**record) for record in plain["records"])
     overrides = tuple((name, met, hint) for name, met, hint in plain["overrides"])
-    return GraphDecisions(plain["backward"], records, overrides)
+    return GraphDecisions(plain["backward"], records, overrides, tuple(plain["notes"]))

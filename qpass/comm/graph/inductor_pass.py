@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import fx
 
 from qpass import torch_private
-from qpass.comm.graph.compress import collectives, compress
+from qpass.comm.graph.compress import collectives, compress, left_to_inductor
 from qpass.comm.graph.decisions import GraphDecisions, keep
 from qpass.comm.graph.passes.insert_codecs import seen_in
 from qpass.comm.policy.policy import Policy
@@ -45,7 +45,8 @@ class CompressCollectives(torch_private.CustomGraphPass):
         how: Any = {"backward": self.backward, "gradients": self.gradients}
         compress(gm, self.policy, strict=self.strict, inductor=True, seen=seen, **how)
         overrides = tuple(seen.looked_for(self.policy.overrides))
-        keep(GraphDecisions(self.backward, tuple(collectives(gm)), overrides))
+        records = tuple(collectives(gm))
+        keep(GraphDecisions(self.backward, records, overrides, left_to_inductor(self.policy, records)))
 
     def uuid(self) -> str:
         """What a cached graph depends on: policy, modules, the groups as they are now, torch, every source of qpass."""

@@ -12,8 +12,8 @@ from qpass import torch_private
 from qpass.arithmetic.numerics import dtype_name
 from qpass.errors import ConfigError
 from qpass.ir.constants import Constants
-from qpass.ir.frame import Pass
-from qpass.ir.record import FUSED_INTO, NodeRecord, describe, graph_record, record_of, set_record
+from qpass.ir.frame import Pass, PassResult
+from qpass.ir.record import FUSED_INTO, NodeRecord, describe, record_of, set_record
 from qpass.ir.rule import NotAsked, Refusal, require
 from qpass.ir.source import module_stack, where
 from qpass.ir.text import target_name
@@ -38,32 +38,32 @@ ISLAND = "qpass_island"
 class Annotate(Pass):
     """For each island of the catalogue: ``meta`` says which operands get which spec, or the record says why not.
 
-    Operations outside every island get a record too, so that the report accounts for the whole graph. ``seen``
-    collects, over all regions, the names that overrides could have matched and the overrides that did.
+    Operations outside every island get a record too, so that the report accounts for the whole graph. It finds a
+    `Seen`: the names that overrides could have matched in this region, and the overrides that did. ``weights`` are
+    counted over all regions, each once.
     """
 
     config: Config
     target: Target
-    seen: Seen = field(default_factory=lambda: Seen(), compare=False)
+    weights: FloatWeights = field(default_factory=FloatWeights, compare=False)
 
-    def run(self, gm: fx.GraphModule) -> int:
-        constants = Constants(gm)
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        constants, seen = Constants(gm), Seen()
         taken = {node for node in gm.graph.nodes if ISLAND in node.meta}
         count = 0
         for dependent in (False, True):
             for node in gm.graph.nodes:
                 if node.op == "call_function" and node not in taken:
-                    count += self._visit(node, dependent, constants, taken)
+                    count += self._visit(node, dependent, constants, taken, seen)
         for node in gm.graph.nodes:
             if node.op == "call_function" and node not in taken and node not in constants:
-                self.seen.resolve(self.config, node)
+                seen.resolve(self.config, node)
                 if record_of(node) is None and computes_floats(node):
                     set_record(node, uncovered(node))
-        self._account(gm, constants)
-        graph_record(gm).target = self.target.name
-        return count
+        self._account(gm, constants, seen)
+        return PassResult(count, found=(seen,))
 
-    def _visit(self, node: fx.Node, dependent: bool, constants: Constants, taken: set[fx.Node]) -> int:
+    def _visit(self, node: fx.Node, dependent: bool, constants: Constants, taken: set[fx.Node], seen: Seen) -> int:
         for island in self.target.islands(CATALOGUE):
             if (type(island) in self.target.only_behind) != dependent:
                 continue
@@ -71,7 +71,7 @@ class Annotate(Pass):
             refused: Refusal | None = None
             for m in island.matches(node, fusions | {(BATCH_NORM, *fusion) for fusion in fusions}, taken):
                 try:
-                    specs = self._decide(m, constants)
+                    specs = self._decide(m, constants, seen)
                 except Refusal as refusal:
                     refused = refusal
                     continue
@@ -83,22 +83,22 @@ class Annotate(Pass):
                 set_record(node, describe(node, "float", island.name, reason=refused.reason).but(asked=asked))
         return 0
 
-    def _account(self, gm: fx.GraphModule, constants: Constants) -> None:
+    def _account(self, gm: fx.GraphModule, constants: Constants, seen: Seen) -> None:
         """Say of each operation how many bytes of weights it reads in float, and why where no pattern covers it."""
-        self.seen.weights.count(gm)
+        self.weights.count(gm)
         for read in reads(gm, constants):
             node = read.reader
             if read.source in node.meta.get(EDGES, ()) or FOLD in node.meta:
                 continue
-            kept, record = self.seen.weights.take(gm, read), record_of(node)
+            kept, record = self.weights.take(gm, read), record_of(node)
             if record is None:
                 continue
             record = record.but(float_bytes=record.float_bytes + kept)
             if record.outcome == "float" and not record.pattern and is_matrix(gm, read) and not works_by_element(node):
-                record = self._without_pattern(node, record)
+                record = self._without_pattern(node, record, seen)
             set_record(node, record)
 
-    def _without_pattern(self, node: fx.Node, record: NodeRecord) -> NodeRecord:
+    def _without_pattern(self, node: fx.Node, record: NodeRecord, seen: Seen) -> NodeRecord:
         """The record of an operation that would have been quantized, had it a pattern."""
         if node.target in OF_WEIGHTS:
             record = record.but(reason=OF_WEIGHTS[node.target])
@@ -106,19 +106,19 @@ class Annotate(Pass):
             record = record.but(reason=CARRIED)
         elif node.target in KEPT_IN_FLOAT:
             return record
-        resolved = self.seen.resolve(self.config, node)
+        resolved = seen.resolve(self.config, node)
         if resolved.weight is None:
             return record.but(reason=override_reason(resolved))
         return record.but(asked=True)
 
-    def _decide(self, m: IslandMatch, constants: Constants) -> dict[str, QuantizationSpec]:
+    def _decide(self, m: IslandMatch, constants: Constants, seen: Seen) -> dict[str, QuantizationSpec]:
         island = m.island
-        resolved = self.seen.resolve(self.config, m.root, island.name)
+        resolved = seen.resolve(self.config, m.root, island.name)
         specs = wanted_specs(m, resolved)
         if not specs:
             raise NotAsked(override_reason(resolved))
         for _, fused in m.epilogues:
-            own = self.seen.resolve(self.config, fused.root)
+            own = seen.resolve(self.config, fused.root)
             if own.override_index != resolved.override_index and own.activation is None and own.weight is None:
                 raise NotAsked(override_reason(own))
         result = m.root.meta["val"].dtype
@@ -142,12 +142,11 @@ class Annotate(Pass):
 
 @dataclass
 class Seen:
-    """What the overrides were held against, and which weights were counted, over all regions of a model."""
+    """What the overrides were held against, in one region or, joined, in a whole model."""
 
     overrides: set[int] = field(default_factory=set)
     paths: dict[str, str] = field(default_factory=dict)
     ops: set[str] = field(default_factory=set)
-    weights: FloatWeights = field(default_factory=FloatWeights)
 
     def resolve(self, config: Config, node: fx.Node, island: str = "") -> Resolved:
         """The specs for an operator, or for the island that it is the root of, noting the override that gave them."""
@@ -157,6 +156,12 @@ class Seen:
         if resolved.override_index is not None:
             self.overrides.add(resolved.override_index)
         return resolved
+
+    def join(self, other: Seen) -> None:
+        """Add what was seen elsewhere."""
+        self.overrides |= other.overrides
+        self.paths |= other.paths
+        self.ops |= other.ops
 
     def note(self, node: fx.Node, ops: Iterable[str]) -> None:
         """Remember the names that an override could have meant."""

@@ -11,7 +11,7 @@ from torch import fx
 
 from qpass.ir.alias import written
 from qpass.ir.constants import Constants
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.observer import is_observer
 from qpass.ir.record import record_of, set_record
 from qpass.islands.float_range import beyond, exceeds, read_exactly, whole_numbers
@@ -76,7 +76,7 @@ class AssignComputeDtype(Pass):
     dtype: torch.dtype
     expand_attention: bool = False
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         constants = Constants(gm)
         changing = written(gm.graph)
         exact = changing | read_exactly(gm.graph, FOLLOWS, MULTIPLIES)
@@ -115,7 +115,7 @@ class AssignComputeDtype(Pass):
         rounded = {node for node in low if ISLAND not in node.meta and node.meta[COMPUTE_DTYPE] == self.dtype}
         for node in beyond(gm, self.dtype, rounded, products):
             node.meta[BEYOND] = True
-        return sum(node.meta.get(COMPUTE_DTYPE) != dtype for node, dtype in before.items())
+        return PassResult(sum(node.meta.get(COMPUTE_DTYPE) != dtype for node, dtype in before.items()))
 
     def _wants(self, node: fx.Node, low: set[fx.Node], whole: Set[fx.Node]) -> bool:
         if node.target not in RELATIVE and not whole.isdisjoint(node.all_input_nodes):

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from qpass.ir.edit import Editor
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.record import describe, set_record
 from qpass.ir.rule import apply_rules
 from qpass.islands.qdq import Pair, as_dequantize
@@ -30,7 +30,7 @@ class CarryCodes(Pass):
     that meet a dequantize node with the same qparams then cancel.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         edit = Editor(gm, self.name)
         count = 0
         for node in list(gm.graph.nodes):
@@ -50,11 +50,9 @@ class CarryCodes(Pass):
                 if not pair.users:
                     gm.graph.erase_node(pair)
             count += 1
-        return count + apply_rules(gm, (Requantize(),), self.name).count
+        return PassResult(count + apply_rules(gm, (Requantize(),), self.name).count)
 
-    def _moved(
-        self, node: fx.Node, codes: Mapping[fx.Node, fx.Node], dtype: torch.dtype, edit: Editor
-    ) -> fx.Node:
+    def _moved(self, node: fx.Node, codes: Mapping[fx.Node, fx.Node], dtype: torch.dtype, edit: Editor) -> fx.Node:
         if node.target not in MONOTONE:
             return _again(node, codes, edit, node)
         # ATen's max pooling of bytes refuses images of more than 127 pixels; float32 holds every code exactly

@@ -11,7 +11,7 @@ from torch import fx
 from qpass.ir.alias import written
 from qpass.ir.edit import Editor
 from qpass.ir.fake import refresh_val
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.strides import stand_for
 from qpass.islands.qdq import CHOOSE, as_quantize
 from qpass.quantize.passes.annotate import ISLAND
@@ -32,7 +32,7 @@ class CastComputeDtype(Pass):
     dtype, they are clamped to it, and infinities and NaN stay: ``to(where(isinf(x), x, clamp(x)), bfloat16)``.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         edit = Editor(gm, self.name)
         casts: Casts = {}
         changed: set[fx.Node] = set()
@@ -62,7 +62,7 @@ class CastComputeDtype(Pass):
                 changed.add(node)
                 refresh_val(node)
         self._quantize_from_casts(casts)
-        return len(casts)
+        return PassResult(len(casts))
 
     def _cast(
         self, source: fx.Node, dtype: torch.dtype | None, reader: fx.Node, changing: bool, casts: Casts, edit: Editor

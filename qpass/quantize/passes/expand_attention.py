@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from qpass.ir.edit import Editor
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import record_of, set_record
 from qpass.ir.strides import stand_for
@@ -32,12 +32,12 @@ class ExpandAttention(Pass):
     stored.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         edit = Editor(gm, self.name)
         found = [node for node in gm.graph.nodes if node.meta.pop(EXPAND, False)]
         for node in found:
             self._expand(node, edit)
-        return len(found)
+        return PassResult(len(found))
 
     def _expand(self, node: fx.Node, edit: Editor) -> None:
         given = normalized(node)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qpass.ir.edit import Editor, free_name, get_constant
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized, set_arguments
 from qpass.quantize.passes.annotate import FOLD
 from qpass.quantize.passes.insert_observers import is_trained
@@ -27,12 +27,12 @@ class FoldBatchNorm(Pass):
     An observer of the weight is replaced by a fresh one of the product, unless training has fitted it to that already.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         edit = Editor(gm, self.name)
         found = [node for node in gm.graph.nodes if node.meta.pop(FOLD, False)]
         for node in found:
             self._fold(node, edit)
-        return len(found)
+        return PassResult(len(found))
 
     def _fold(self, bn: fx.Node, edit: Editor) -> None:
         given = normalized(bn)

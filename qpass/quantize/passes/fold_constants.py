@@ -10,7 +10,7 @@ from torch import fx
 from qpass.ir.alias import storages
 from qpass.ir.constants import Constants, expression, form
 from qpass.ir.edit import Editor
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.origins import Derived
 from qpass.ir.source import module_path
 from qpass.islands.qdq import DEQUANTIZE, cast_of
@@ -27,7 +27,7 @@ class FoldConstants(Pass):
     parameter's.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         constants, edit = Constants(gm), Editor(gm, self.name)
         stays: set[fx.Node] = set()
         views: set[fx.Node] = set()
@@ -55,7 +55,7 @@ class FoldConstants(Pass):
                 folded = edit.constant(name, constants.value(node), like=node, before=node, derived=derived)
             node.replace_all_uses_with(folded)
             count += 1
-        return count
+        return PassResult(count)
 
 
 def casts_codes(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from torch import fx
 from qpass.ir.alias import written
 from qpass.ir.edit import Editor
 from qpass.ir.fake import refresh_val
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.islands.qdq import cast_of
 from qpass.islands.views import MOVES
 
@@ -26,7 +26,7 @@ class HoistCasts(Pass):
     write it itself, as the int8 kernels do. Three slices of one linear, each cast, become one cast and three slices.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         edit = Editor(gm, self.name)
         wanted = _wanted(gm.graph)
         moved = {node for node in wanted if node.target in MOVES and node.args[0] in wanted}
@@ -46,7 +46,7 @@ class HoistCasts(Pass):
             for cast in [user for user in rounded.users if cast_of(user) is rounded]:
                 cast.replace_all_uses_with(rounded)
                 gm.graph.erase_node(cast)
-        return count
+        return PassResult(count)
 
 
 def _wanted(graph: fx.Graph) -> Wanted:
@@ -71,4 +71,3 @@ def _read_in(user: fx.Node, wanted: Wanted) -> torch.dtype | None:
     if cast_of(user) is not None:
         return user.args[1]  # type: ignore[return-value]  # of a cast
     return wanted.get(user) if user.target in MOVES else None
-

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from qpass.ir.branch import Branch
 from qpass.ir.edit import Editor, free_name, get_constant, replace_submodule, set_constant, take_over
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.gradient import DETACH
 from qpass.ir.match import normalized, set_arguments
 from qpass.ir.modes import (
@@ -59,7 +59,7 @@ class InsertModes(Pass):
     model's module stood, too, or is ``dropout_0`` below the module that calls it. `RemoveModes` is the inverse.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         edit = Editor(gm, self.name)
         moved: dict[fx.Node, fx.Node] = {}
         aside = gm.meta.pop(ASIDE, [])
@@ -85,7 +85,7 @@ class InsertModes(Pass):
                 replace(node, Flagged(node.target), name, tuple(given.values()), edit, mode)
             else:
                 self._batch_norm(node, mode, shared, edit)
-        return len(aside) + len(marked)
+        return PassResult(len(aside) + len(marked))
 
     def _batch_norm(self, bn: fx.Node, mode: Mode, shared: set[Any], edit: Editor) -> None:
         given = normalized(bn)

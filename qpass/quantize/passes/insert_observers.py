@@ -11,7 +11,7 @@ from torch import fx
 from qpass.ir.alias import written
 from qpass.ir.constants import Constants
 from qpass.ir.edit import Editor, free_name
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.guard import behind_checks
 from qpass.ir.observer import is_observer
 from qpass.islands.views import carried
@@ -34,7 +34,7 @@ class InsertObservers(Pass):
     read, each time anew.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         changing = written(gm.graph)
         shared = self._raise_edges(gm, changing)
         edit, constants = Editor(gm, self.name), Constants(gm)
@@ -62,7 +62,7 @@ class InsertObservers(Pass):
             if len(sources) == 1 and all(source in constants and source not in changing for source in sources):
                 module: Any = gm.get_submodule(name)
                 module.watches_constant = True
-        return count
+        return PassResult(count)
 
     def _insert(
         self, edit: Editor, name: str, source: fx.Node, user: fx.Node, constant: bool, following: fx.Node

@@ -13,7 +13,7 @@ from qpass import torch_private
 from qpass.ir.alias import aliased_inputs, written, written_inputs
 from qpass.ir.edit import Editor
 from qpass.ir.fake import fake_result
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.strides import LAID_OUT, same_strides
 
 aten = torch.ops.aten
@@ -40,10 +40,10 @@ class KeepStrides(Pass):
     whether a ``reshape`` shares its memory depends on its strides.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         if not any(LAID_OUT in node.meta for node in gm.graph.nodes):
-            return 0
-        return _Restoring(gm, self.name).count
+            return PassResult(0)
+        return PassResult(_Restoring(gm, self.name).count)
 
 
 class _Restoring:

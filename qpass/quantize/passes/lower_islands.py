@@ -8,7 +8,7 @@ from torch import fx
 
 from qpass.ir.constants import Constants
 from qpass.ir.edit import Editor, erase_dead
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.record import describe, record_of, set_record
 from qpass.ir.rule import Refusal
 from qpass.ir.strides import stand_for
@@ -27,7 +27,7 @@ class LowerIslands(Pass):
     target: Target
     missing: str = ""
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         edit, constants = Editor(gm, self.name), Constants(gm)
         taken: set[fx.Node] = set()
         count = 0
@@ -39,7 +39,7 @@ class LowerIslands(Pass):
                 if any(quantized_operands(m) for m in matches):
                     count += self._lower(island, matches, edit, constants, taken)
                     break
-        return count
+        return PassResult(count)
 
     def _lower(
         self, island: Island, matches: list[IslandMatch], edit: Editor, constants: Constants, taken: set[fx.Node]

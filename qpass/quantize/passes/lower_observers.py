@@ -17,9 +17,8 @@ from qpass.errors import CalibrationError
 from qpass.ir.constants import Constants, expression
 from qpass.ir.edit import Editor
 from qpass.ir.fake import fake_call
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.origins import Derived
-from qpass.ir.record import graph_record
 from qpass.ir.source import where
 from qpass.quantize.passes.assign_compute_dtype import COMPUTE_DTYPE
 from qpass.quantize.passes.insert_observers import is_trained, observers
@@ -60,9 +59,9 @@ class LowerObservers(Pass):
                 "or leave them in float with config.keep_float(module=...)",
             )
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         edit, constants = Editor(gm, self.name), Constants(gm)
-        found = list(observers(gm))
+        found, notes = list(observers(gm)), list[str]()
         for node, name in found:
             observer: Any = gm.get_submodule(name)
             spec: QuantizationSpec = observer.spec
@@ -71,41 +70,38 @@ class LowerObservers(Pass):
             elif spec.dynamic:
                 result = self._dynamic(node, spec, edit)
             else:
-                result = self._static(node, observer, edit)
+                result = self._static(node, observer, edit, notes)
             node.replace_all_uses_with(result)
             gm.graph.erase_node(node)
         for name in dict.fromkeys(name for _, name in found):
             gm.delete_submodule(name)
-        return len(found)
+        return PassResult(len(found), tuple(notes))
 
-    def _static(self, node: fx.Node, observer: Any, edit: Editor) -> fx.Node:
+    def _static(self, node: fx.Node, observer: Any, edit: Editor, notes: list[str]) -> fx.Node:
         scale, zero_point = observer.calculate_qparams()
         spec: QuantizationSpec = observer.spec
-        self._note_data(node, observer, edit)
+        notes += self._about_data(node, observer)
         largest = max(abs(float(getattr(observer, end, 0.0))) for end in ("min_val", "max_val"))
         if float(scale) <= spec.smallest_scale and largest > 0:
-            record = graph_record(edit.gm)
-            record.notes = [
-                *record.notes,
+            notes.append(
                 f"{where(next(iter(node.users)))}: values of at most {largest:.1e} are rounded in steps of "
-                f"{float(scale):.1e}, the smallest scale; give the activation's spec a smaller eps",
-            ]
+                f"{float(scale):.1e}, the smallest scale; give the activation's spec a smaller eps"
+            )
         qparams = (float(scale), int(zero_point), *spec.range, spec.dtype)
         x, place = node.args[0], {"like": node, "before": node}
         val = fake_call(x, call=torch.empty_like, dtype=spec.dtype)
         codes = edit.call(ops.quantize_per_tensor.default, x, *qparams, val=val, **place)
         return edit.call(ops.dequantize_per_tensor.default, codes, *qparams, val=float_val(x), **place)
 
-    def _note_data(self, node: fx.Node, observer: Any, edit: Editor) -> None:
-        """Note where calibration data look wrong: absurd values, and one value alone."""
+    def _about_data(self, node: fx.Node, observer: Any) -> list[str]:
+        """Notes on calibration data that look wrong: absurd values, and one value alone."""
         watched = observer.activation_post_process if isinstance(observer, FakeQuantizeBase) else observer
         if not isinstance(watched, RangeObserver):
-            return
+            return []
         found = [watched.outliers.note(watched.leaves_outliers_out)]
         if watched.has_data and bool((watched.min_val == watched.max_val).all()):
             found.append(f"calibration saw the one value {float(watched.min_val.flatten()[0]):.3g} alone")
-        record = graph_record(edit.gm)
-        record.notes = [*record.notes, *(f"{where(next(iter(node.users)))}: {text}" for text in found if text)]
+        return [f"{where(next(iter(node.users)))}: {text}" for text in found if text]
 
     def _dynamic(self, node: fx.Node, spec: QuantizationSpec, edit: Editor) -> fx.Node:
         x, place = node.args[0], {"like": node, "before": node}

@@ -14,7 +14,7 @@ from torch import fx
 from qpass.arithmetic import graph_ops as ops
 from qpass.ir.constants import Constants
 from qpass.ir.edit import Editor, erase_dead
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import describe, record_of, set_record
 from qpass.ir.source import module_path
@@ -39,7 +39,7 @@ class MergeSiblings(Pass):
 
     target: Target
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         edit, constants = Editor(gm, self.name), Constants(gm)
         groups: dict[Any, list[IslandMatch]] = defaultdict(list)
         for node in gm.graph.nodes:
@@ -50,7 +50,7 @@ class MergeSiblings(Pass):
         merged = [siblings for siblings in groups.values() if len(siblings) > 1]
         for siblings in merged:
             self._merge(siblings, edit)
-        return len(merged)
+        return PassResult(len(merged))
 
     def _merge(self, siblings: Sequence[IslandMatch], edit: Editor) -> None:
         first = siblings[0]

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from qpass.ir.constants import Constants
 from qpass.ir.edit import get_constant
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.record import FUSED_INTO, describe, record_of, set_record
 from qpass.islands.float_weights import FloatWeights, reads
 from qpass.islands.island import IslandMatch, quantized_operands
@@ -32,7 +32,7 @@ class RecogniseIslands(Pass):
     target: Target
     weights: FloatWeights = field(default_factory=FloatWeights, compare=False)
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         constants = Constants(gm)
         taken: set[fx.Node] = set()
         count = 0
@@ -48,7 +48,7 @@ class RecogniseIslands(Pass):
             kept = self.weights.take(gm, read)
             if (record := record_of(read.reader)) is not None:
                 set_record(read.reader, record.but(float_bytes=record.float_bytes + kept))
-        return count
+        return PassResult(count)
 
     def _visit(self, node: fx.Node, taken: set[fx.Node]) -> None:
         covered = ""

@@ -11,7 +11,7 @@ from torch import fx, nn
 from qpass.ir.alias import written
 from qpass.ir.branch import Branch
 from qpass.ir.edit import Editor, holder, replace_submodule
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.gradient import stopped
 from qpass.ir.match import set_arguments
 from qpass.ir.modes import Attention, BatchNorm, ByMode, Dropout, Flagged, FoldedBias, FoldedWeight, FoldFactor
@@ -27,7 +27,7 @@ class RemoveModes(Pass):
     `FoldBatchNorm` like any other; the fake-quantize of the weight keeps the scale that training gave it.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         edit = Editor(gm, self.name)
         found = [
             (node, module) for node in gm.graph.nodes
@@ -48,7 +48,7 @@ class RemoveModes(Pass):
                 replace_submodule(gm, name, holder(module))
             else:
                 gm.delete_submodule(name)
-        return len(found) + drop_detach(gm)
+        return PassResult(len(found) + drop_detach(gm))
 
     def _plain(self, node: fx.Node, module: ByMode, edit: Editor) -> Any:
         if isinstance(module, Dropout | Branch | FoldedWeight | FoldedBias):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from qpass.ir.alias import written
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.gradient import stopped
 from qpass.ir.modes import BY_MODE, DROPOUT, Mode
 
@@ -42,7 +42,7 @@ class SetDropoutAside(Pass):
     `Branch` also where nothing else reads what it computes with. A ``detach`` is treated alike.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         aside: list[Aside] = []
         kept = written(gm.graph)
         stops = {node for node in stopped(gm.graph) if node not in kept}
@@ -61,4 +61,4 @@ class SetDropoutAside(Pass):
             gm.graph.erase_node(node)
         if aside:
             gm.meta[ASIDE] = aside[::-1]
-        return len(aside)
+        return PassResult(len(aside))

@@ -13,14 +13,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from qpass.comm.wire.operators import FORMULAS
 from qpass.ir.edit import Editor
 from qpass.ir.fake import fake_mode_of
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 
 
 @dataclass(frozen=True)
 class ExpandCodecs(Pass):
     """``encode(x), decode(p), decode_reduce(p)  ->  their arithmetic in ATen``, as far as Inductor takes it; exact."""
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         from qpass.torch_private import select_decomp_table
 
         edit, table, mode = Editor(gm, self.name), select_decomp_table(), fake_mode_of(gm.graph)
@@ -34,7 +34,7 @@ class ExpandCodecs(Pass):
             body.eliminate_dead_code()
             node.replace_all_uses_with(edit.splice(body, inputs, like=node, before=node))
             gm.graph.erase_node(node)
-        return len(found)
+        return PassResult(len(found))
 
 
 def _of_nodes(

@@ -36,7 +36,7 @@ from qpass.comm.policy.override import Place, Seen
 from qpass.comm.policy.policy import LARGE, Policy
 from qpass.comm.wire.codec import Codec
 from qpass.ir.edit import Editor
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import describe, record_of, set_record, stands_for_several
 from qpass.ir.rule import NotAsked, Refusal, require
@@ -65,7 +65,7 @@ class InsertCodecs(Pass):
     backward: bool = False
     gradients: Collection[int] | None = None
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         edit = Editor(gm, self.name)
         done = 0
         for node in list(gm.graph.nodes):
@@ -73,7 +73,7 @@ class InsertCodecs(Pass):
                 done += self._visit(node, edit)
             elif is_other_collective(node):
                 _leave(node, "this form of collective is not compressed", asked=True)
-        return done
+        return PassResult(done)
 
     def _visit(self, node: fx.Node, edit: Editor) -> int:
         known, kinds, target = record_of(node), self.policy.kinds, operator_of(node)

@@ -18,7 +18,7 @@ from qpass.comm.graph.joined import CUT, JOIN
 from qpass.comm.graph.pieces import SEND
 from qpass.comm.graph.transfer import result_shape
 from qpass.ir.edit import Editor
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import record_of, records_of, set_records
 from qpass.ir.sizes import argument, arguments, is_data_dependent, product, sizes
@@ -45,11 +45,11 @@ class JoinTransfers(Pass):
     guards the graph; `ResolveSizes` runs first.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         buckets = [bucket for bucket in _buckets(gm.graph) if len(bucket) > 1]
         for bucket in buckets:
             _join(bucket, Editor(gm, self.name))
-        return len(buckets)
+        return PassResult(len(buckets))
 
 
 def _buckets(graph: fx.Graph) -> list[list[Collective]]:

@@ -8,7 +8,7 @@ from torch import fx
 
 from qpass.comm.graph.collective import KINDS
 from qpass.comm.graph.rules import COLLECTIVES
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.record import describe, record_of, set_record
 from qpass.ir.rule import apply_rules
 
@@ -23,7 +23,7 @@ class LowerCollectives(Pass):
     Transfers start and are waited for where they were, so what overlapped with them still does.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         walks = [apply_rules(gm, rules, self.name) for rules in COLLECTIVES]
         reasons = {node: reason for walk in walks for _, node, reason in walk.refused if not node._erased}
         near = {node for walk in walks for rule, node, _ in walk.refused if rule in BY_CODES}
@@ -33,4 +33,4 @@ class LowerCollectives(Pass):
                 set_record(node, record.but(reason=reason))
             elif record is None and node in near:
                 set_record(node, describe(node, "float", reason=reason).but(op=KINDS[node.target]))
-        return sum(walk.count for walk in walks)
+        return PassResult(sum(walk.count for walk in walks))

@@ -11,7 +11,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from qpass import torch_private
 from qpass.ir.edit import Editor
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.sizes import is_data_dependent, is_symbolic
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class ResolveSizes(Pass):
     comes from data, or that the inputs do not tell, is left.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         resolver = _Resolver(Editor(gm, self.name))
         done = 0
         for node in list(gm.graph.nodes):
@@ -41,7 +41,7 @@ class ResolveSizes(Pass):
                 node.replace_all_uses_with(found)
                 gm.graph.erase_node(node)
                 done += 1
-        return done
+        return PassResult(done)
 
 
 class _Resolver:

@@ -13,7 +13,7 @@ from qpass.comm.graph.collective import Collective, as_collective
 from qpass.comm.graph.pieces import RECEIVE, SEND, pieces_of
 from qpass.comm.wire.format import WireFormat, parse
 from qpass.ir.edit import Editor, erase_dead
-from qpass.ir.frame import Pass
+from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import record_of, set_record
 from qpass.ir.sizes import holds, is_data_dependent
@@ -31,9 +31,10 @@ class SplitTransfers(Pass):
     first.
     """
 
-    def run(self, gm: fx.GraphModule) -> int:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         edit = Editor(gm, self.name)
-        return sum(_split(collective, edit) for node in list(gm.graph.nodes) if (collective := as_collective(node)))
+        nodes = list(gm.graph.nodes)
+        return PassResult(sum(_split(found, edit) for node in nodes if (found := as_collective(node))))
 
 
 def _split(collective: Collective, edit: Editor) -> int:

@@ -64,13 +64,13 @@ def compressed(function: Callable[..., Any], codec: str = "int8", **options: Any
 def test_a_transfer_goes_in_pieces(function: Callable[[Tensor], Tensor], expected: list[str]) -> None:
     gm = compressed(function)
     before = snapshot(gm).sent_bytes
-    assert SplitTransfers().run(gm) == 1
+    assert SplitTransfers().run(gm).changed == 1
     gm.graph.lint()
     lines = text(gm)
     assert [line for line in lines if line in expected] == expected, lines
     assert not any(word in line for line in lines for word in ("encode", "decode", "wait"))
     assert snapshot(gm).sent_bytes == before
-    assert SplitTransfers().run(gm) == 0
+    assert SplitTransfers().run(gm).changed == 0
     (record,) = collectives(gm)
     assert record.outcome == "lowered"
     assert record.kernel.endswith(", in 4 pieces")
@@ -78,12 +78,12 @@ def test_a_transfer_goes_in_pieces(function: Callable[[Tensor], Tensor], expecte
 
 @pytest.mark.parametrize("function", [send.all_to_all, send.broadcast, lambda x: send.all_reduce(x, "max")])
 def test_what_is_not_summed_or_gathered_is_left_whole(function: Callable[[Tensor], Tensor]) -> None:
-    assert SplitTransfers().run(compressed(function)) == 0
+    assert SplitTransfers().run(compressed(function)).changed == 0
 
 
 def test_one_piece_is_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "CHUNK", 386)  # 770 elements are not two
-    assert SplitTransfers().run(compressed(send.all_reduce)) == 0
+    assert SplitTransfers().run(compressed(send.all_reduce)).changed == 0
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -97,7 +97,7 @@ def test_of_a_sum_in_two_transfers_parts_must_start_on_rows(
     gm = compress(traced(send.all_reduce, *inputs[0], world=4, dynamic=dynamic), Policy("int8", tuple(FORMS), 0))
     before = lockstep(gm, inputs)
     ResolveSizes().run(gm)
-    assert SplitTransfers().run(gm) == count
+    assert SplitTransfers().run(gm).changed == count
     gm.graph.lint()
     assert all(torch.equal(a, b) for a, b in zip(lockstep(gm, inputs), before, strict=True))
 
@@ -105,7 +105,7 @@ def test_of_a_sum_in_two_transfers_parts_must_start_on_rows(
 def test_symbolic_sizes_become_nodes() -> None:
     gm = compress(traced(send.all_reduce, value(0, 10, 77), dynamic=True), Policy("int8", tuple(FORMS), 0))
     ResolveSizes().run(gm)
-    assert SplitTransfers().run(gm) == 1
+    assert SplitTransfers().run(gm).changed == 1
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     assert text(gm) == [
@@ -117,7 +117,7 @@ def test_symbolic_sizes_become_nodes() -> None:
         "view = view(receive_pieces, [sym_size, sym_size_1])",
         "return view",
     ]
-    assert SplitTransfers().run(gm) == 0
+    assert SplitTransfers().run(gm).changed == 0
 
 
 def test_a_payload_with_two_readers_is_left_whole() -> None:
@@ -127,7 +127,7 @@ def test_a_payload_with_two_readers_is_left_whole() -> None:
         other = gm.graph.call_function(aten.clone.default, (wait,))
     output = gm.graph.output_node()
     output.args = ((output.args[0], other),)
-    assert SplitTransfers().run(gm) == 0
+    assert SplitTransfers().run(gm).changed == 0
 
 
 def test_only_a_compiled_graph_is_split_and_only_where_inductor_leaves_collectives_alone() -> None:

@@ -38,7 +38,7 @@ def test_payloads_of_whole_rows_are_cut_like_their_values() -> None:
 
 def test_equal_parts_are_padded_to_whole_rows() -> None:
     gm = traced(all_to_all, value(0, 4, 50))
-    assert InsertCodecs(INT8).run(gm) == 1
+    assert InsertCodecs(INT8).run(gm).changed == 1
     assert text(gm)[8] == "all_to_all_single = all_to_all_single(view_2, [2, 2], [2, 2], 0)"
     assert applied(gm, ExchangePayloads()).fired == {"ExchangePayloads": 1}
     assert text(gm) == [
@@ -59,7 +59,7 @@ def test_equal_parts_are_padded_to_whole_rows() -> None:
 
 def test_uneven_parts_are_coded_one_by_one() -> None:
     gm = traced(uneven, value(0, 4, 50))
-    assert InsertCodecs(INT8).run(gm) == 1
+    assert InsertCodecs(INT8).run(gm).changed == 1
     rounded = [
         "split_with_sizes = split_with_sizes(x, [1, 3])",
         "getitem = getitem(split_with_sizes, 0)",
@@ -109,7 +109,7 @@ def test_uneven_parts_are_coded_one_by_one() -> None:
 def test_bit_for_bit_also_where_parts_end_inside_a_row(row: int, form: str, dtype: torch.dtype, world: int) -> None:
     inputs = [(value(rank, world * 3, row, dtype=dtype),) for rank in range(world)]
     gm = traced(lambda x: all_to_all(x, world), *inputs[0], world=world)
-    assert InsertCodecs(Policy(form, "all_to_all", 0)).run(gm) == 1
+    assert InsertCodecs(Policy(form, "all_to_all", 0)).run(gm).changed == 1
     before = lockstep(gm, inputs)
     assert applied(gm, ExchangeRows(), ExchangePayloads()).count == 1
     assert all(torch.equal(a, b) for a, b in zip(lockstep(gm, inputs), before, strict=True))

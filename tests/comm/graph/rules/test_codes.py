@@ -165,8 +165,8 @@ def test_a_chain_around_a_wait_collapses() -> None:
     inputs = [(value(rank, 4, 50),) for rank in range(2)]
     gm = promised(traced(function, *inputs[0]))
     before = lockstep(gm, inputs)
-    assert LowerCollectives().run(gm) == 1
-    assert CarryCodes().run(gm) == 2  # the view, and the pair that cancels
+    assert LowerCollectives().run(gm).changed == 1
+    assert CarryCodes().run(gm).changed == 2  # the view, and the pair that cancels
     gm.graph.eliminate_dead_code()
     assert text(gm) == [
         "quantize_per_tensor = quantize_per_tensor(x, 0.03, 3, 0, 100, int8)",
@@ -237,7 +237,7 @@ def test_another_groups_maximum_proves_nothing() -> None:
 
 def test_what_is_declined_is_told_of() -> None:
     gm = traced(lambda x: send.broadcast(static(x)), value(0, 4, 50))
-    assert LowerCollectives().run(gm) == 0
+    assert LowerCollectives().run(gm).changed == 0
     (record,) = (record_of(node) for node in gm.graph.nodes if node.target in KINDS)
     assert record is not None
     assert (record.op, record.outcome, record.reason) == ("broadcast", "float", UNPROVED)

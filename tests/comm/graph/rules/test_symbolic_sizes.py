@@ -29,7 +29,7 @@ def guards(gm: fx.GraphModule) -> list[str]:
 
 def test_sizes_become_nodes() -> None:
     gm = traced(send.all_gather, value(0, 4, 50), dynamic=True)
-    assert InsertCodecs(ALL).run(gm) == 1
+    assert InsertCodecs(ALL).run(gm).changed == 1
     assert [line for line in text(gm) if "= sym_size." not in line] == [
         "encode = encode(x, int8:128:bf16)",
         "mul = mul(sym_size, sym_size_1)",
@@ -39,7 +39,7 @@ def test_sizes_become_nodes() -> None:
         "wait_tensor = wait_tensor(all_gather_into_tensor)",
         "return wait_tensor",
     ]
-    assert LowerCollectives().run(gm) == 1
+    assert LowerCollectives().run(gm).changed == 1
     gm.graph.eliminate_dead_code()
     assert [line for line in text(gm) if "= sym_size." not in line] == [
         "encode = encode(x, int8:128:bf16)",
@@ -93,10 +93,10 @@ def test_bit_for_bit_at_every_size_and_as_with_known_sizes(
         return KINDS[kind](x, world)
 
     gm = traced(function, value(0, *shapes[0]), world=world, dynamic=True)
-    assert InsertCodecs(policy).run(gm) == 1
+    assert InsertCodecs(policy).run(gm).changed == 1
     runs = [[(value(rank, *shape),) for rank in range(world)] for shape in shapes]
     before = [lockstep(gm, run) for run in runs]
-    assert LowerCollectives().run(gm) == 1
+    assert LowerCollectives().run(gm).changed == 1
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     (record,) = collectives(gm)
@@ -113,16 +113,16 @@ def test_bit_for_bit_at_every_size_and_as_with_known_sizes(
 def test_a_size_is_asked_what_a_number_would_be_and_guards_the_graph() -> None:
     """Ranks that compiled for other sizes, or for any, decide alike at every call."""
     small = traced(send.all_reduce, value(0, 4, 50), dynamic=True)
-    assert InsertCodecs(Policy("int8")).run(small) == 0
+    assert InsertCodecs(Policy("int8")).run(small).changed == 0
     (record,) = collectives(small)
     assert not record.asked
     assert record.reason.endswith(" bytes are fewer than the policy's min_bytes of 65,536")
     assert any("< 65536" in guard for guard in guards(small)), guards(small)
     large = traced(send.all_reduce, value(0, 400, 50), dynamic=True)
-    assert InsertCodecs(Policy("int8")).run(large) == 1
+    assert InsertCodecs(Policy("int8")).run(large).changed == 1
     assert any(">= 65536" in guard for guard in guards(large)), guards(large)
     tiny = traced(send.all_reduce, value(0, 2, 3), dynamic=True)
-    assert InsertCodecs(ALL).run(tiny) == 0
+    assert InsertCodecs(ALL).run(tiny).changed == 0
     (record,) = collectives(tiny)
     assert record.reason.endswith(" elements are so few that int8:128:bf16 sends no fewer bytes")
     assert guards(tiny)
@@ -132,7 +132,7 @@ def test_a_link_takes_what_is_not_known_for_large() -> None:
     slow, fast = Link(1e6, 1e-4, 1e9, 1e9), Link(1e12, 1e-4, 1e9, 1e9)
     for link, count in ((slow, 1), (fast, 0)):
         gm = traced(send.all_reduce, value(0, 40, 50), dynamic=True)
-        assert InsertCodecs(Policy("int8", min_bytes=0, link=link)).run(gm) == count
+        assert InsertCodecs(Policy("int8", min_bytes=0, link=link)).run(gm).changed == count
 
 
 # Sizes that come from the contents of tensors
@@ -174,11 +174,11 @@ def test_uneven_parts_bit_for_bit(columns: int, form: str, dtype: torch.dtype) -
     everything = runs(columns, dtype)
     gm = traced(routed, *everything[0][0], dynamic=True)
     plain = [lockstep(gm, run) for run in everything]
-    assert InsertCodecs(policy).run(gm) == 1
-    assert InsertCodecs(policy).run(gm) == 0
+    assert InsertCodecs(policy).run(gm).changed == 1
+    assert InsertCodecs(policy).run(gm).changed == 0
     before = [lockstep(gm, run) for run in everything]
-    assert LowerCollectives().run(gm) == 1
-    assert LowerCollectives().run(gm) == 0
+    assert LowerCollectives().run(gm).changed == 1
+    assert LowerCollectives().run(gm).changed == 0
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     sent = [node for node in gm.graph.nodes if node.target is send.ops.all_to_all_single.default]
@@ -199,9 +199,9 @@ def test_a_sum_of_an_unknown_size_is_taken_for_large() -> None:
 
     inputs = [(value(rank, 40, 50), torch.tensor(33)) for rank in range(4)]
     gm = traced(function, *inputs[0], world=4, dynamic=True)
-    assert InsertCodecs(Policy("int8")).run(gm) == 1
+    assert InsertCodecs(Policy("int8")).run(gm).changed == 1
     before = lockstep(gm, inputs)
-    assert LowerCollectives().run(gm) == 1
+    assert LowerCollectives().run(gm).changed == 1
     gm.graph.eliminate_dead_code()
     assert [record.kernel for record in collectives(gm)] == ["all_to_all of int8:128:bf16, summed, all_gather"]
     assert all(torch.equal(a, b) for a, b in zip(lockstep(gm, inputs), before, strict=True))
@@ -215,7 +215,7 @@ def test_parts_that_nothing_proves_equal_are_declined() -> None:
         return send.reduce_scatter(x.narrow(0, 0, size))
 
     gm = traced(function, value(0, 40, 51), torch.tensor(8), dynamic=True)
-    assert InsertCodecs(ALL).run(gm) == 0
+    assert InsertCodecs(ALL).run(gm).changed == 0
     (record,) = collectives(gm)
     assert record.asked
     assert record.reason.endswith(" elements are not known to make 2 equal parts")
