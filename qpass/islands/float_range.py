@@ -100,6 +100,12 @@ def exceeds(node: fx.Node, dtype: torch.dtype) -> bool:
     return any(torch.finfo(dtype).max < abs(value) < math.inf for value in leaves)
 
 
+def shifts(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether a number is added beside which ``dtype`` keeps no fraction of the rest: -10000 of scores in a softmax."""
+    offset = node.args[1] if node.target in _ADDS else 0
+    return isinstance(offset, (int, float)) and abs(offset) >= 1 / torch.finfo(dtype).eps
+
+
 def read_exactly(graph: fx.Graph, follows: Set[Any], multiplies: Set[Any]) -> set[fx.Node]:
     """The operations that feed a ``SENSITIVE`` one through moves and elementwise operations, the last product included:
     ``sin(position * frequency)``, ``cos(transpose(frequency @ position))``, ``floor(x)``."""
@@ -150,6 +156,7 @@ def _counts(value: Any, dtype: torch.dtype) -> bool:
 
 
 _WHOLE = (torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+_ADDS = (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device)
 

@@ -219,6 +219,7 @@ def test_rotary_angles_are_those_of_float32(preset: str) -> None:
 
 WHOLE: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "sum": lambda m, y, p: (y + p.float()[..., None]) - p.float()[..., None],
+    "number": lambda m, y, p: y - 10000.5 + 10000.5,
     "anchors": lambda m, y, p: (y + m.anchors[:, None]) - m.anchors[:, None],
     "concatenation": lambda m, y, p: torch.cat([y, p.float()[..., None]], -1)[..., -1:] - p[..., None] + y,
     "cumsum": lambda m, y, p: (y * 0 + (p > 0).to(torch.int64).cumsum(1).float()[..., None] * 1001) - y,

@@ -14,7 +14,7 @@ from qpass.ir.constants import Constants
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.observer import is_observer
 from qpass.ir.record import record_of, set_record
-from qpass.islands.float_range import beyond, exceeds, read_exactly, whole_numbers
+from qpass.islands.float_range import beyond, exceeds, read_exactly, shifts, whole_numbers
 from qpass.islands.views import carried
 from qpass.quantize.passes.annotate import ISLAND
 from qpass.quantize.passes.expand_attention import EXPAND, may_expand
@@ -69,8 +69,9 @@ class AssignComputeDtype(Pass):
 
     A quantized operation computes in float32 and hands ``dtype`` on to the float operations behind it. What is written
     in place stays as it is: a cast is a copy, and the write would miss it. float32 stays, too, where a rounding in the
-    8 bits of bfloat16 is no small change: in products and sums of whole numbers (positions, times), and before a sine,
-    a ``floor`` or a variance. With ``expand_attention``, attention is marked to run as two matrix products.
+    8 bits of bfloat16 is no small change: in products and sums of whole numbers (positions, times), where a large
+    number is added, and before a sine, a ``floor`` or a variance. With ``expand_attention``, attention is marked to run
+    as two matrix products.
     """
 
     dtype: torch.dtype
@@ -123,7 +124,8 @@ class AssignComputeDtype(Pass):
         if node.target in MULTIPLIES:
             return True
         follows = node.target in FOLLOWS or bool(carried(node)) or getattr(node.target, "__name__", "") == "getitem"
-        return follows and any(source in low for source in node.all_input_nodes) and not exceeds(node, self.dtype)
+        loses = exceeds(node, self.dtype) or shifts(node, self.dtype)
+        return follows and any(source in low for source in node.all_input_nodes) and not loses
 
 
 def _rows_of_weight_alone(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:

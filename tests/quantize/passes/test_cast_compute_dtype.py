@@ -48,6 +48,18 @@ def test_a_quantized_operation_computes_in_float32_and_hands_the_dtype_on() -> N
     assert dtypes(gm) == {"linear": torch.float32, "tanh": torch.bfloat16}
 
 
+@pytest.mark.parametrize("offset", [128, -128.0, 1e4])
+def test_a_large_number_is_added_in_float32(offset: float) -> None:
+    gm = assigned(lambda m, x: (x @ x.t() - offset + x[:, :1]).softmax(-1), X)
+    assert dtypes(gm)["sub"] == dtypes(gm)["add"] == dtypes(gm)["softmax"] == torch.float32
+    assert dtypes(gm)["matmul"] == torch.bfloat16
+
+
+def test_a_small_number_is_added_in_the_dtype() -> None:
+    gm = assigned(lambda m, x: x @ x.t() - 127.0 + 1e-6, X)
+    assert dtypes(gm)["sub"] == dtypes(gm)["add"] == torch.bfloat16
+
+
 def test_integers_and_masks_have_no_dtype_to_change() -> None:
     gm = assigned(lambda m, x: (x @ x.t()).masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), -1.0), X)
     assert set(dtypes(gm)) == {"t", "matmul", "masked_fill"}
