@@ -177,8 +177,6 @@ def test_tensors_that_forward_makes_are_constants_and_keep_up_with_weights() -> 
         model.fc.weight.mul_(-3)
 
 
-@pytest.mark.skipif(bool(X86.missing()), reason=X86.missing())
-@torch.no_grad()
 def test_a_number_that_calls_bring_is_a_factor_and_no_operand() -> None:
     linear = nn.Linear(32, 32)
 
@@ -193,6 +191,8 @@ def test_a_number_that_calls_bring_is_a_factor_and_no_operand() -> None:
             assert (expected - fast(x, factor)).norm() < 10 ** (-35 / 20) * expected.norm()
 
 
+@pytest.mark.skipif(bool(X86.missing()), reason=X86.missing())
+@torch.no_grad()
 def test_what_a_range_and_its_codes_read_is_computed_once() -> None:
     model, x = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8)).eval(), torch.randn(16, 32)
     for inductor, count in (({}, 1), ({"realize_opcount_threshold": 1000}, 2)):

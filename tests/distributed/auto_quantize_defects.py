@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -269,6 +270,7 @@ def start_anew(store: Path) -> None:
     """A fresh default group of the same ranks, which meet at a file of that name."""
     rank, world = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
+    gc.collect()  # tracebacks hold the old group in cycles, and the other rank waits while its connections are open
     timeout = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
 
