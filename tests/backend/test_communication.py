@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import qpass
 from qpass.comm import Link, Policy
-from qpass.comm.graph import compress as module
+from qpass.comm.graph import inductor_pass as module
 from qpass.errors import InputError, StrictError
 
 ALL = Policy("int8", min_bytes=0)
