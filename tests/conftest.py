@@ -53,3 +53,11 @@ def fresh_dynamo() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:  # a test that compiled nothing does not pay for importing it
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def own_targets() -> Iterator[None]:
+    """No test knows a target that another one gave to `prepare`."""
+    yield
+    if "qpass.targets.registry" in sys.modules:
+        sys.modules["qpass.targets.registry"]._given.clear()
