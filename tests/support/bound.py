@@ -2,7 +2,9 @@
 
 A lowering is exact up to the order of its sums, so its values start within a few units in the last place of the
 reference's. That stays invisible until a value lies so close to a tie that it rounds to the neighbouring code, or to
-the neighbouring bfloat16; from there on the difference travels. Here the reference graph is interpreted on intervals
+the neighbouring bfloat16; from there on the difference travels. One lowering does round once more: where rows of
+bfloat16 meet a weight of codes, a kernel may return the sum of products in bfloat16, so that every such product is
+wider by ``2**-8`` of its sum. Here the reference graph is interpreted on intervals
 ``value +- radius``: sums widen them by their rounding error, a quantize node widens them by a code where, and only
 where, both codes lie within the interval, and every other operation carries them on. Whatever an exact lowering
 returns lies inside, and an error of one code anywhere else lies outside.
@@ -21,8 +23,11 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from qpass.ir.match import normalized
-from qpass.islands.views import JOINS, MONOTONE, MOVES
+from qpass.islands.qdq import as_dequantize, cast_of
+from qpass.islands.views import JOINS, MONOTONE, MOVES, carried
 from qpass.ops import graph_ops as qd
+from qpass.quantize.passes.assign_compute_dtype import ROWS
+from qpass.spec import PerChannel
 
 aten = torch.ops.aten
 
@@ -31,7 +36,8 @@ UNIT = 2.0**-24
 FEW = 8 * UNIT
 """The same for a handful of operations in two programs: a polynomial for exp or erf, two scales, a bias."""
 BFLOAT16 = 2.0**-8
-"""Attention in bfloat16 rounds its probabilities; on other values it may round each to the neighbour."""
+"""Attention in bfloat16 rounds its probabilities; on other values it may round each to the neighbour. A sum of products
+of bfloat16 rows is off by at most this times itself once it is rounded, see `_sum_is_rounded`."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class _Interpreter(fx.Interpreter):
         value = n.target(*_values(args), **_values(kwargs))  # type: ignore[operator]
         if not _holds_tensor(value) or n.target in READS_SHAPE:
             return value
+        if n.target in DECIDES:
+            return _decided(n.target, value, args)
         if n.target in CHOOSE:
             return _choose(n.target, value, args)
         if n.target in EXACT:
@@ -98,11 +106,31 @@ class _Interpreter(fx.Interpreter):
             found = self.env[argument]
             return _near(found) if isinstance(found, Tensor) else found
 
-        result, radius = RULES[n.target](**{k: fx.node.map_arg(v, given) for k, v in normalized(n).items()})
+        arguments = {k: fx.node.map_arg(v, given) for k, v in normalized(n).items()}
+        result, radius = RULES[n.target](**arguments)
+        if _sum_is_rounded(n):
+            bias = arguments["self"] if n.target is aten.addmm.default else arguments.get("bias")
+            sums = result if bias is None else result - bias.wide  # the kernels add the bias in float32, after that
+            radius = radius + BFLOAT16 * (sums.abs() + radius)
         if value.dtype == torch.bfloat16:
             candidates = [(result + side * radius).to(torch.bfloat16) for side in (-1, 1)]
             radius = torch.stack([(c.double() - value.double()).abs() for c in candidates]).amax(0)
         return Near(value, radius)
+
+
+def _sum_is_rounded(n: fx.Node) -> bool:
+    """Whether this is a product whose kernels round its sum to bfloat16: ``Bfloat16Rows``, which x86 chooses since
+    int8_weight_only rounds rows to bfloat16. Those take rows of bfloat16 and codes with one scale per channel alone;
+    every other product keeps the bound of a sum in float32."""
+    if n.target not in ROWS:
+        return False
+    x, w = (n.args[place] for place in ROWS[n.target])
+    rows = cast_of(x, torch.float32)
+    while as_dequantize(w) is None and len(carried(w)) == 1:  # type: ignore[arg-type]
+        (w,) = carried(w)  # type: ignore[arg-type]
+    weight = as_dequantize(w)
+    per_channel = weight is not None and isinstance(weight.qparams.granularity, PerChannel)
+    return per_channel and rows is not None and rows.meta["val"].dtype == torch.bfloat16
 
 
 # ---- operators that round nothing: both ends of the interval, exactly
@@ -126,6 +154,13 @@ def _around(value: Tensor, corners: Sequence[Tensor]) -> Near:
     """``value`` and the distance to the farthest of ``corners``."""
     distances = [(corner.double() - value.double()).abs().reshape(value.shape) for corner in corners]
     return Near(value, torch.stack(distances).amax(0).nan_to_num(nan=0.0))  # -inf, a masked score, is near itself
+
+
+def _decided(target: Any, value: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """A yes or no for each element, which must be the same on both ends of its interval: an infinity stays one."""
+    if not all(torch.equal(target(args[0].end(side)), value) for side in (0, 1)):
+        raise NotImplementedError(f"no bound is known for {target} of values that may be infinite or not")
+    return value
 
 
 def _choose(target: Any, value: tuple[Tensor, Tensor], args: tuple[Any, ...]) -> tuple[Near, Near]:
@@ -288,9 +323,13 @@ CHOOSE = {
 
 EXACT: frozenset[Any] = MOVES | MONOTONE | JOINS | QUANTIZE | DEQUANTIZE | {
     aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.to.dtype, aten.chunk.default,
-    aten.detach.default, aten.masked_fill.Scalar,
+    aten.detach.default, aten.masked_fill.Scalar, aten.clamp.default, aten.where.self,
 }  # fmt: skip
-"""Monotone in every argument, and the same arithmetic in every program."""
+"""Monotone in every argument, and the same arithmetic in every program. ``where(isinf(x), x, clamp(x))`` stands before
+a cast to bfloat16 of values that may lie beyond it; the condition of `where` is known, see `DECIDES`."""
+
+DECIDES: frozenset[Any] = frozenset({aten.isinf.default})
+"""x -> bool: no bound where values within the radius differ in it."""
 
 READS_SHAPE: frozenset[Any] = frozenset({aten.new_ones.default})
 """The result does not depend on any value."""
