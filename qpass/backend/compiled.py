@@ -17,7 +17,8 @@ from qpass import torch_private
 from qpass.backend.live_constants import pick
 from qpass.backend.session import Communication
 
-Weights = tuple[weakref.ref[torch.Tensor], ...]
+Weights = tuple[weakref.ref[torch.UntypedStorage], ...]
+"""The memory of weights. A tensor that something refers to, even weakly, cannot be swapped by ``swap_tensors``."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Compiled:
         """Whether it reads any."""
         return any(self.weights.values())
 
-    def reads(self, tensors: set[int], alone: bool = False) -> bool:
-        """Whether, at some call, one of its weights was among the tensors with these ids; ``alone``: all of them."""
+    def reads(self, storages: set[int], alone: bool = False) -> bool:
+        """Whether, at some call, one of its weights lay in the storages with these ids; ``alone``: all of them."""
         for weights in list(self.weights.values()):
-            alive = [id(tensor) in tensors for ref in weights if (tensor := ref()) is not None]
+            alive = [id(storage) in storages for ref in weights if (storage := ref()) is not None]
             if alive and (all(alive) if alone else any(alive)):
                 return True
         return False
@@ -72,7 +73,7 @@ class Compiled:
                 for known, refs in list(self.weights.items()):
                     if all(ref() is None for ref in refs):
                         self.weights.pop(known, None)
-                self.weights[ids] = tuple(map(weakref.ref, weights))
+                self.weights[ids] = _memory(weights)
             return call(*arguments)
 
         return noted
@@ -88,9 +89,13 @@ def remember(
     code = next(iter(torch_private.get_traced_code() or ()), None)
     _COMPILED[:] = [kept for kept in _COMPILED if kept.is_alive]
     read = tuple(weights)
-    known = {tuple(map(id, read)): tuple(map(weakref.ref, read))}
+    known = {tuple(map(id, read)): _memory(read)}
     _COMPILED.append(Compiled(graph, communication, known, weakref.ref(code) if code is not None else None))
     return _COMPILED[-1]
+
+
+def _memory(tensors: Iterable[torch.Tensor]) -> Weights:
+    return tuple(weakref.ref(tensor.untyped_storage()) for tensor in tensors if tensor.layout == torch.strided)
 
 
 def program_of(called: Any) -> Any:
@@ -125,12 +130,14 @@ def compilations(program: torch.nn.Module | Callable[..., Any]) -> list[Compiled
     is_model = isinstance(program, torch.nn.Module)
     function: Any = type(program).forward if isinstance(program, torch.nn.Module) else inspect.unwrap(program)
     code = getattr(function, "__code__", None)
-    tensors = {id(tensor) for module in modules_of(program) for tensor in [*module.parameters(), *module.buffers()]}
+    tensors = (tensor for module in modules_of(program) for tensor in [*module.parameters(), *module.buffers()])
+    held = [ref() for ref in _memory(tensors)]
+    storages = set(map(id, held))
 
     def found(alone: bool) -> list[Compiled]:
         return [
             one for one in _COMPILED
-            if one.reads(tensors, alone)
+            if one.reads(storages, alone)
             or (code is not None and not (is_model and one.has_weights) and one.is_part_of(code))
         ]  # fmt: skip
 
