@@ -103,7 +103,7 @@ def sqnr_by_node(a: Any, b: Any, batches: list[Any]) -> SqnrByNode:
     with unchanged(a, left, right):
         for batch in batches:
             with torch.no_grad():
-                steps = _steps(left, copied(batch)), _steps(right, copied(batch))
+                steps = _steps(left, batch), _steps(right, batch)
                 for index, ref, x in _in_step(*steps, before, after, pairs):
                     signal, noise = _energies(ref, x)
                     total = sums.setdefault(index, [0.0, 0.0])
@@ -177,7 +177,7 @@ class _Run(fx.Interpreter):
     """A graph that is run one node at a time."""
 
     def values(self, inputs: list[Any]) -> Iterator[tuple[str, Any]]:
-        self.args_iter: Iterator[Any] = iter(inputs)
+        self.args_iter: Iterator[Any] = _taken(inputs)
         for node in self.graph.nodes:
             self.env[node] = value = self.run_node(node)
             for dead in self.user_to_last_uses.get(node, ()):
@@ -186,16 +186,27 @@ class _Run(fx.Interpreter):
             del value
 
 
+def _taken(values: list[Any]) -> Iterator[Any]:
+    """The values in order, each out of the list as it is given: it lives as long as its reader keeps it."""
+    values.reverse()
+    while values:
+        yield values.pop()
+
+
 def _steps(gm: fx.GraphModule, batch: Any) -> Iterator[tuple[str, Any]]:
+    """Every node's value. The batch is copied at the first step, not before, and no name here holds the copy: it is
+    gone behind its last reader, as any other value is, so that the copies of both graphs are not alive at once."""
+    yield from _Run(gm).values(_inputs(gm, copied(batch)))
+
+
+def _inputs(gm: fx.GraphModule, batch: Any) -> list[Any]:
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (_args(batch), {})
     info = getattr(gm.graph._codegen, "pytree_info", None)
     if info is not None and info.in_spec is not None:
         from qpass.torch_private import tree_flatten_spec
 
-        flat = list(tree_flatten_spec((args, kwargs), info.in_spec) if info.in_spec.num_children == 2 else args)
-    else:
-        flat = [*args, *kwargs.values()]
-    return _Run(gm).values(flat)
+        return list(tree_flatten_spec((args, kwargs), info.in_spec) if info.in_spec.num_children == 2 else args)
+    return [*args, *kwargs.values()]
 
 
 def _in_step(

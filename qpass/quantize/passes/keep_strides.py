@@ -150,8 +150,16 @@ def _sees_strides(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch_private.OpOverload):
         return getattr(target, "__module__", "") != "_operator"  # control flow, functions; a getitem sees nothing
-    random = torch.Tag.nondeterministic_seeded in target.tags  # numbers are drawn in the order of memory
-    return random or target.namespace not in BLIND or target in SEEING
+    return _draws(node, target) or target.namespace not in BLIND or target in SEEING
+
+
+def _draws(node: fx.Node, target: Any) -> bool:
+    """Whether an operation draws random numbers, which it does in the order of memory; an attention, which is tagged
+    so for its dropout, draws none without."""
+    if target is aten.scaled_dot_product_attention.default:
+        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return bool(dropout != 0.0)
+    return torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _behind(node: fx.Node) -> fx.Node:

@@ -149,6 +149,20 @@ def test_of_other_presets(name: str, config: str) -> None:
     assert_same(model, x, qpass.lower(quantized)(x))
 
 
+@torch.no_grad()
+def test_attention_that_drops_nothing_reads_parts_of_a_joint_gemm_where_they_lie() -> None:
+    """Attention is tagged as drawing numbers, for its dropout."""
+    model = Do(heads, **siblings()).eval()
+    config = qpass.presets.int8_static(compute_dtype=None)  # in bfloat16 attention is taken apart
+    prepared = qpass.prepare(model, (ROWS,), config=config)
+    prepared(ROWS)
+    lowered = qpass.lower(qpass.convert(prepared))
+    targets = [node.target for node in lowered.graph.nodes]
+    assert torch.ops.aten.scaled_dot_product_attention.default in targets
+    assert torch.ops.aten.clone.default not in targets
+    assert lowered(ROWS).stride() == model(ROWS).stride()
+
+
 class Whole(nn.Module):
     """All of a list of models in one graph, for one compilation."""
 
