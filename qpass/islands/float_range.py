@@ -69,6 +69,9 @@ def beyond(gm: fx.GraphModule, dtype: torch.dtype, rounded: Set[fx.Node], bounde
 def _is_beyond(
     gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, found: Set[fx.Node], bounded: Set[fx.Node], changing: bool
 ) -> bool:
+    is_weight = bool(node.users) and all(_multiplies(user, node, bounded) for user in node.users)
+    if node.op == "get_attr" and is_weight and not changing:
+        return False  # a weight that large makes infinities in float32 as well
     if node.op in ("get_attr", "placeholder") or changing:
         return True
     if node in bounded or node.target in SMALL_RESULTS:
@@ -81,6 +84,11 @@ def _is_beyond(
     if exceeds(node, dtype) or node.target is aten.nan_to_num.default:  # which writes the largest number by default
         return True
     return any(source in found for source in node.all_input_nodes)
+
+
+def _multiplies(user: fx.Node, weight: fx.Node, products: Set[fx.Node]) -> bool:
+    """Whether ``weight`` is the second factor of a sum of products, and nothing else in it."""
+    return user in products and len(user.args) > 1 and user.args[1] is weight and user.args[0] is not weight
 
 
 def _holds_beyond(gm: fx.GraphModule, table: Any, dtype: torch.dtype) -> bool:
