@@ -69,9 +69,7 @@ class Run:
     ms: float
 
 
-def train(
-    model: nn.Module, steps: int, sent: Callable[[], int], compiled: Callable[..., Any] | None = None
-) -> Run:
+def train(model: nn.Module, steps: int, sent: Callable[[], int], compiled: Callable[..., Any] | None = None) -> Run:
     """Train ``model``, or its ``compiled`` form; ``sent()`` are the bytes that this rank has sent so far."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)

@@ -150,9 +150,7 @@ def several(inputs: tuple[Any, Any]) -> tuple[Any, Any]:
     return resize_batch(inputs, 1, 2) if batch == 1 else inputs
 
 
-def trace_training(
-    model: nn.Module, inputs: tuple[Any, Any], dynamic_shapes: Any
-) -> tuple[fx.GraphModule, set[str]]:
+def trace_training(model: nn.Module, inputs: tuple[Any, Any], dynamic_shapes: Any) -> tuple[fx.GraphModule, set[str]]:
     """The trace in training mode, with batch norms in evaluation mode: their modules say what training changes.
 
     Besides, the paths of the modules that the model's own ``train()`` leaves in evaluation mode.
@@ -165,9 +163,7 @@ def trace_training(
     return export_model(model, *inputs, dynamic_shapes, gradients=True).module(check_guards=False), held
 
 
-def trace_again(
-    gm: fx.GraphModule, model: nn.Module, example: tuple[Any, Any], dynamic_shapes: Any
-) -> fx.GraphModule:
+def trace_again(gm: fx.GraphModule, model: nn.Module, example: tuple[Any, Any], dynamic_shapes: Any) -> fx.GraphModule:
     """The trace in training mode with the symbolic sizes of ``gm``, the trace in evaluation mode.
 
     Raises:

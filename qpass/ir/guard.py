@@ -104,8 +104,11 @@ class _Head:
         sizes = tuple(self.call(aten.sym_size.int, node, dim, val=size) for dim, size in static.items())
         expected = ", ".join(str(static.get(dim, "any")) for dim in range(val.dim()))
         equal = self.call(operator.eq, sizes, tuple(static.values()), val=True)
-        self.check(equal, f"input {node.name!r} must have the sizes [{expected}] that the model was captured for: "
-                   "dynamic_shapes of prepare allow others")
+        self.check(
+            equal,
+            f"input {node.name!r} must have the sizes [{expected}] that the model was captured for: "
+            "dynamic_shapes of prepare allow others",
+        )
 
     def check_dtype(self, node: fx.Node, val: torch.Tensor) -> None:
         self.call(aten._assert_tensor_metadata.default, node, None, None, val.dtype, val=None)
@@ -122,6 +125,4 @@ class _Head:
         size = self.call(aten.sym_size.int, node, dim, val=node.meta["val"].shape[dim])
         for compare, bound, words in wanted:
             holds = self.call(compare, size, bound, val=True)
-            self.check(
-                holds, f"dimension {dim} of input {node.name!r} must be {words} {bound}: {HOLDS}"
-            )
+            self.check(holds, f"dimension {dim} of input {node.name!r} must be {words} {bound}: {HOLDS}")

@@ -1,8 +1,8 @@
 """Sizes in a graph: whole numbers where they are known, else nodes, and the same arithmetic for both.
 
-    sizes(x)             [.., ..]     ints, and a `Size` for each dimension that is symbolic
-    (n + 127) // 128                  an int, or a Size whose nodes stand in the graph
-    argument(n)                       the int or the node, to be an operator's argument
+sizes(x)             [.., ..]     ints, and a `Size` for each dimension that is symbolic
+(n + 127) // 128                  an int, or a Size whose nodes stand in the graph
+argument(n)                       the int or the node, to be an operator's argument
 """
 
 from __future__ import annotations

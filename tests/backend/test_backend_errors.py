@@ -54,8 +54,7 @@ STATIC_BACKEND = (
         ({"config": "int8_static"}, STATIC_BACKEND),
         (
             {"max_autotune": True},
-            "unknown option 'max_autotune'\n"
-            "  to do: it is Inductor's: options={'inductor': {'max_autotune': ...}}",
+            "unknown option 'max_autotune'\n  to do: it is Inductor's: options={'inductor': {'max_autotune': ...}}",
         ),
     ],
     ids=["option", "preset", "static", "inductor"],

@@ -26,17 +26,22 @@ def drop_path(m: nn.Module, x: Tensor, p: float = 0.4) -> Tensor:
 def test_the_graph_is_that_of_evaluation_with_a_branch_that_draws() -> None:
     model = Do(lambda m, x: x + drop_path(m, m.fc(x)), fc=nn.Linear(6, 6)).train()
     gm = capture_training(model, (X,))
-    assert operators(gm) == """\
+    assert (
+        operators(gm)
+        == """\
 inputs_0 = input
 linear = linear(inputs_0, fc.weight, fc.bias)
 branch_0 = branch_0(linear, inputs_0)
 add = add.Tensor(inputs_0, branch_0)
 return [add]"""
+    )
     (call,) = gm.graph.find_nodes(op="call_module")
     assert call.meta[BY_MODE] == Mode(True)
     branch = gm.get_submodule("branch_0")
     assert isinstance(branch, Branch)
-    assert operators(branch.body) == """\
+    assert (
+        operators(branch.body)
+        == """\
 x_0 = input
 x_1 = input
 div = div.Tensor(x_0, 0.6)
@@ -44,6 +49,7 @@ new_empty = new_empty(x_0, [sym_size_int_1, 1], pin_memory=False)
 bernoulli_ = bernoulli_.float(new_empty, 0.6)
 mul = mul.Tensor(div, bernoulli_)
 return mul"""
+    )
 
 
 def shared_mask(m: nn.Module, x: Tensor) -> Tensor:

@@ -24,12 +24,15 @@ def modes(model: nn.Module, x: Tensor = X) -> dict[str, Mode]:
 def test_the_graph_is_that_of_evaluation_with_dropout_on() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6, eps=1e-3, momentum=0.3), nn.Dropout(0.25)).train()
     gm = capture_training(model, (X,))
-    assert operators(gm) == """\
+    assert (
+        operators(gm)
+        == """\
 input_1 = input
 linear = linear(input_1, 0.weight, 0.bias)
 batch_norm = batch_norm(linear, 1.weight, 1.bias, 1.running_mean, 1.running_var, False, 0.3, 0.001, False)
 dropout = dropout(batch_norm, 0.25, True)
 return [dropout]"""
+    )
     marks = {node.name: node.meta[BY_MODE] for node in gm.graph.nodes if BY_MODE in node.meta}
     assert marks == {
         "batch_norm": Mode(True, momentum=0.3, tracked="1.num_batches_tracked"),

@@ -11,7 +11,11 @@ import ranks
 
 PROGRAMS = {
     "compiled_forms.py": (
-        "mixture_of_experts", "lists_of_tensors", "outputs", "quantized_values", "static_beside_symbolic"
+        "mixture_of_experts",
+        "lists_of_tensors",
+        "outputs",
+        "quantized_values",
+        "static_beside_symbolic",
     ),
     "compiled_sharding.py": ("simple_fsdp", "cast_to_float8", "joined"),
 }

@@ -151,9 +151,7 @@ def _kept(cut: fx.Node, wire: WireFormat) -> int | None:
 
 def _shaped(edit: Editor, x: fx.Node, shape: Shape, like: fx.Node, before: fx.Node) -> fx.Node:
     val = x.meta["val"]
-    if len(val.shape) == len(shape) and all(
-        is_known(a == value_of(b)) for a, b in zip(val.shape, shape, strict=True)
-    ):
+    if len(val.shape) == len(shape) and all(is_known(a == value_of(b)) for a, b in zip(val.shape, shape, strict=True)):
         return x
     if not is_contiguous_or_false(val):
         x = edit.call(aten.clone.default, x, memory_format=torch.contiguous_format, like=like, before=before)

@@ -23,9 +23,7 @@ from qpass.targets.x86.packing import pack_linear, unsigned
 aten = torch.ops.aten
 onednn = torch.ops.onednn
 
-LINEAR_FUSIONS = frozenset(
-    {(), ("relu",), ("gelu",), ("silu",), ("hardswish",), ("relu6",), ("add",), ("add", "relu")}
-)
+LINEAR_FUSIONS = frozenset({(), ("relu",), ("gelu",), ("silu",), ("hardswish",), ("relu6",), ("add",), ("add", "relu")})
 UNARY = {"relu": "relu", "gelu": "gelu", "silu": "swish", "hardswish": "hardswish", "relu6": "hardtanh"}
 
 
