@@ -8,7 +8,7 @@ from torch import fx
 
 from qpass.arithmetic import graph_ops as ops
 from qpass.ir.constants import Constants
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.expression import Expr
 from qpass.ir.match import Match
 from qpass.ir.rule import Rule, require

@@ -6,7 +6,7 @@
     prepared = qpass.prepare(model, inputs, pipeline=pipeline)
 """
 
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.pipeline import PassRun, Pipeline
 from qpass.ir.plain_form import normalization_pipeline

@@ -107,12 +107,12 @@ def test_imports_point_down_only() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "expected"),
     [
-        ("qpass.ir.edit", "from qpass.quantize.passes.annotate import x", ["qpass.ir.edit:1 imports quantize"]),
-        ("qpass.ir.edit", "from .. import quantize", ["qpass.ir.edit:1 imports quantize"]),
-        ("qpass.ir.edit", "from qpass import errors, prepare", ["qpass.ir.edit:1 imports __init__"]),
+        ("qpass.ir.editor", "from qpass.quantize.passes.annotate import x", ["qpass.ir.editor:1 imports quantize"]),
+        ("qpass.ir.editor", "from .. import quantize", ["qpass.ir.editor:1 imports quantize"]),
+        ("qpass.ir.editor", "from qpass import errors, prepare", ["qpass.ir.editor:1 imports __init__"]),
         ("qpass.ir.text", "def f():\n    import qpass.spec", ["qpass.ir.text:2 imports spec"]),
         ("qpass.comm.graph.coded", "from qpass.comm import eager\nfrom qpass.comm.wire import codec", []),
-        ("qpass.ir.edit", "from .text import show\nfrom qpass.errors import near\nimport torch", []),
+        ("qpass.ir.editor", "from .text import show\nfrom qpass.errors import near\nimport torch", []),
     ],
 )
 def test_an_import_from_above_is_seen(module: str, source: str, expected: list[str]) -> None:
@@ -195,8 +195,8 @@ def test_every_path_of_a_page_is_there(name: str) -> None:
 def test_long_paragraphs_and_wrong_paths_are_seen() -> None:
     long = "\n".join(f"line {number}" for number in range(7))
     assert list(paragraphs(f"# Title\n{long}\n\n- one\n- two\n```\n{long}\n```")) == [long, "- one", "- two"]
-    assert named_paths("`ir/edit.py` `no/where/` `torch.nn` `a/b` `README.md`") == [
-        "ir/edit.py",
+    assert named_paths("`ir/editor.py` `no/where/` `torch.nn` `a/b` `README.md`") == [
+        "ir/editor.py",
         "no/where/",
         "README.md",
     ]

@@ -19,8 +19,9 @@ from qpass.backend.live_constants import LiveConstants, pick
 from qpass.backend.opaque import hide
 from qpass.capture.dynamo import DynamoCapture
 from qpass.capture.misdescribed import spell_out
-from qpass.ir.edit import copy_graph_module, get_constant
+from qpass.ir.attributes import get_constant
 from qpass.ir.fake import fake_mode_of
+from qpass.ir.module import copy_graph_module
 from qpass.ir.pipeline import is_recorded
 from qpass.ir.regions import operands_of, regions
 from qpass.torch_private import FakeTensorMode, TracingContext

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from qpass import torch_private
-from qpass.ir.edit import get_constant
+from qpass.ir.attributes import get_constant
 from qpass.ir.regions import regions
 
 _library = torch.library.Library("qpass", "FRAGMENT")

@@ -18,8 +18,9 @@ from qpass import torch_private
 from qpass.capture.alignment import Alignment
 from qpass.errors import CaptureError
 from qpass.ir.alias import aliased_inputs, written_inputs
+from qpass.ir.attributes import get_constant, owner_of
 from qpass.ir.branch import Branch
-from qpass.ir.edit import INHERITED, Editor, get_constant, owner_of
+from qpass.ir.editor import INHERITED, Editor
 from qpass.ir.module import GraphModule
 from qpass.ir.source import where
 from qpass.ir.text import target_name

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from qpass import torch_private
 from qpass.capture.misdescribed import correct_vals
 from qpass.ir.alias import arguments, written_inputs
-from qpass.ir.edit import free_name, get_constant, set_constant
+from qpass.ir.attributes import free_name, get_constant, set_constant
 from qpass.ir.origins import origins
 from qpass.ir.regions import regions
 from qpass.ir.source import clean_path

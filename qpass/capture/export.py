@@ -25,9 +25,9 @@ from qpass.capture.inputs import example_of, fresh_tensors, is_unpacked, resize_
 from qpass.capture.same import same_operators
 from qpass.capture.written import undone
 from qpass.errors import CaptureError, InputError
-from qpass.ir.edit import copy_graph_module, owner_of
+from qpass.ir.attributes import owner_of
 from qpass.ir.guard import guard_inputs, symbol_of
-from qpass.ir.module import Draft
+from qpass.ir.module import Draft, copy_graph_module
 from qpass.ir.plain_form import normalize
 from qpass.ir.record import graph_record
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from qpass import torch_private
-from qpass.ir.edit import get_constant
+from qpass.ir.attributes import get_constant
 from qpass.ir.normalize import is_whole_slice
 
 

@@ -29,7 +29,8 @@ from qpass.ir.guard import symbol_of
 from qpass.ir.match import normalized, set_arguments
 from qpass.ir.modes import BY_MODE, DROPOUT, FLAGGED, ByMode, Mode
 from qpass.ir.normalize import draws_random_numbers, functionalize_inplace
-from qpass.ir.regions import inline_set_grad, regions
+from qpass.ir.region_edits import inline_set_grad
+from qpass.ir.regions import regions
 from qpass.ir.source import module_path, where
 from qpass.ir.text import target_name
 from qpass.torch_private import BatchNorm as _BatchNorm

@@ -22,7 +22,7 @@ from qpass.inspect.render.report_text import render
 from qpass.inspect.sent import SENDERS, Sender, SentReport, sent_report
 from qpass.inspect.sqnr import sqnr
 from qpass.inspect.transfers import Transfer, transfers
-from qpass.ir.edit import get_constant
+from qpass.ir.attributes import get_constant
 from qpass.ir.record import GRAPH_KEY, GraphRecord
 from qpass.ir.regions import regions
 from qpass.ir.text import target_name

@@ -15,7 +15,7 @@ from torch import fx
 
 from qpass import torch_private
 from qpass.ir.alias import written
-from qpass.ir.edit import get_constant
+from qpass.ir.attributes import get_constant
 
 
 class Constants:

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from qpass import torch_private
-from qpass.ir.edit import get_constant
+from qpass.ir.attributes import get_constant
 
 DETACH = torch.ops.aten.detach.default
 

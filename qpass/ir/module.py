@@ -1,4 +1,4 @@
-"""A graph module that takes the source of its code with it when it goes."""
+"""The graph module of every stage, and copies of it that share its tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch import fx, nn
 
 from qpass import torch_private
 from qpass.errors import InputError, QpassError
+from qpass.ir.attributes import get_constant, is_persistent, owner_of, replace_submodule
 from qpass.ir.exporting import asked_for_tensors, warn_of_export
 from qpass.ir.misfit import misfit
 from qpass.ir.modes import ByMode
+from qpass.ir.straight_through import StraightThrough, wants_gradients
 
 
 class GraphModule(fx.GraphModule):
@@ -46,8 +48,6 @@ class GraphModule(fx.GraphModule):
 
         Of a quantized graph gradients pass straight through rounding; a lowered one has none, and refuses.
         """
-        from qpass.ir.straight_through import StraightThrough, wants_gradients
-
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             warn_of_export(self)
         try:
@@ -88,8 +88,6 @@ class GraphModule(fx.GraphModule):
 
     def __copy__(self) -> GraphModule:
         """A copy that shares all tensors; its graph is its own."""
-        from qpass.ir.edit import copy_graph_module
-
         result = copy_graph_module(self)
         assert isinstance(result, GraphModule)
         result._state_dict_hooks = self._state_dict_hooks.copy()
@@ -111,6 +109,44 @@ class Draft(GraphModule):
 
     def recompile(self) -> Any:
         """Nothing: the code would be that of a graph that is about to change."""
+
+
+def copy_graph_module(gm: fx.GraphModule, kind: type[GraphModule] = GraphModule) -> fx.GraphModule:
+    """A copy of the graph, its sub-graphs and its module tree that shares every tensor and observer with ``gm``.
+
+    Holder modules are new, so that constants may be added to the copy without touching the original; parameters and
+    buffers are the same tensors, so no weight is copied. What the graph does not read is left behind. A ``Draft`` is
+    for the caller that will rebuild it.
+    """
+    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    mapping: dict[fx.Node, fx.Node] = {}
+    result_value = graph.graph_copy(gm.graph, mapping)
+    source_output = gm.graph.output_node()
+    graph.output(result_value).meta = copy.copy(source_output.meta)
+    graph.set_codegen(gm.graph._codegen)
+    return rebuild(gm, graph, kind)
+
+
+def rebuild(gm: fx.GraphModule, graph: fx.Graph | None = None, kind: type[GraphModule] = GraphModule) -> fx.GraphModule:
+    """A module around ``graph`` (by default ``gm``'s own) that holds just what the graph reads, tensors shared.
+
+    Its code is generated from the graph as it is now, that of its sub-graphs too.
+    """
+    graph = gm.graph if graph is None else graph
+    result = kind(gm, graph, type(gm).__name__)
+    result.meta = {key: copy.copy(value) for key, value in gm.meta.items()}
+    result.training = gm.training
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = get_constant(gm, node.target)
+        if isinstance(value, fx.GraphModule):
+            region = copy_graph_module(value, kind) if graph is not gm.graph else rebuild(value, kind=kind)
+            replace_submodule(result, node.target, region)
+        elif not is_persistent(gm, node.target):
+            owner, leaf = owner_of(result, node.target)
+            owner._non_persistent_buffers_set.add(leaf)
+    return result
 
 
 def keep_order(module: nn.Module, like: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import fx
 
 from qpass import torch_private
 from qpass.ir.alias import Memory, aliased_inputs, all_arguments, arguments, storages, written_inputs
-from qpass.ir.edit import get_constant
+from qpass.ir.attributes import get_constant
 from qpass.ir.fake import fake_call
 from qpass.ir.gradient import DETACH, differentiable
 from qpass.ir.modes import DROPOUT

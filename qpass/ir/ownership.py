@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from qpass.ir.alias import written
-from qpass.ir.edit import get_constant
+from qpass.ir.attributes import get_constant
 from qpass.ir.origins import derived_constants
 from qpass.ir.regions import regions
 from qpass.torch_private import is_traceable_wrapper_subclass

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from qpass.ir import normalize as steps
-from qpass.ir.edit import rebuild
 from qpass.ir.frame import Pass, PassResult
+from qpass.ir.module import rebuild
 from qpass.ir.pipeline import Pipeline
-from qpass.ir.regions import Types, inline_set_grad, regions, sink_constants
+from qpass.ir.region_edits import Types, inline_set_grad, sink_constants
+from qpass.ir.regions import regions
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import fx
 
 from qpass import torch_private
 from qpass.ir.constants import Constants
-from qpass.ir.edit import Editor, erase_dead
+from qpass.ir.editor import Editor, erase_dead
 from qpass.ir.expression import Expr
 from qpass.ir.match import Match, Matcher
 

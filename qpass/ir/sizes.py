@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from qpass import torch_private
 from qpass.ir.alias import written
-from qpass.ir.edit import get_constant
+from qpass.ir.attributes import get_constant
 from qpass.islands.views import carried
 from qpass.torch_private import tree_leaves
 

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from qpass import torch_private
 from qpass.ir.alias import storages, written, written_inputs
+from qpass.ir.attributes import get_constant
 from qpass.ir.constants import Constants
-from qpass.ir.edit import get_constant
 from qpass.islands.qdq import DEQUANTIZE, QUANTIZE
 from qpass.islands.views import JOINS, MONOTONE, carried
 

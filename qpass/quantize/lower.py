@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from qpass.errors import LowerError, StrictError
-from qpass.ir.edit import copy_graph_module, rebuild
-from qpass.ir.module import Draft
+from qpass.ir.module import Draft, copy_graph_module, rebuild
 from qpass.ir.pipeline import Pipeline, without_gc
 from qpass.ir.record import graph_record, record_of
 from qpass.ir.regions import regions

@@ -9,10 +9,10 @@ from torch import fx
 
 from qpass import targets
 from qpass.errors import ConfigError, ConvertError, StrictError
-from qpass.ir.edit import copy_graph_module, get_constant, rebuild
+from qpass.ir.attributes import get_constant
 from qpass.ir.gradient import DETACH
 from qpass.ir.modes import FoldedWeight, FoldFactor
-from qpass.ir.module import Draft
+from qpass.ir.module import Draft, copy_graph_module, rebuild
 from qpass.ir.ownership import own_tensors
 from qpass.ir.pipeline import Pipeline, without_gc
 from qpass.ir.record import graph_record, record_of

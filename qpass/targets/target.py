@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.rule import Refusal
 from qpass.islands.island import Island, IslandMatch, Specs
 

@@ -75,7 +75,7 @@ def measure(nodes: int) -> list[Row]:
     from qpass.inspect.diff import diff
     from qpass.inspect.matching.match import match
     from qpass.inspect.snapshot import snapshot
-    from qpass.ir.edit import copy_graph_module
+    from qpass.ir.module import copy_graph_module
 
     plain = transformer(nodes, pairs=False)
     cases = {

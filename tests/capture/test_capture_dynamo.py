@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import gelu
 
 from qpass.capture.dynamo import DynamoCapture, from_dynamo
-from qpass.ir.edit import get_constant
+from qpass.ir.attributes import get_constant
 from qpass.ir.source import module_path, source_line
 
 aten = torch.ops.aten

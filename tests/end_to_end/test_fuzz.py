@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 import qpass
 from bound import bounds
 from generate import BATCH, CONFIGS, Case, generate
-from qpass.ir.edit import get_constant
+from qpass.ir.attributes import get_constant
 
 COUNT, GROUP = 300, 25
 ONLY = os.environ.get("QPASS_FUZZ_SEED")

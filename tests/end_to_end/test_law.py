@@ -20,7 +20,7 @@ import qpass
 from interpret import assert_true_vals
 from law import compare_kernels
 from models import MODELS, fresh_inputs
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.islands.island import IslandMatch
 from qpass.presets import int8_dynamic, int8_static, int8_weight_only
 from qpass.spec.config import Config

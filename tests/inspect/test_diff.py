@@ -17,7 +17,7 @@ from qpass.capture.export import capture
 from qpass.errors import InputError
 from qpass.inspect.diff import GraphDiff
 from qpass.inspect.snapshot import snapshot
-from qpass.ir.edit import copy_graph_module
+from qpass.ir.module import copy_graph_module
 
 aten = torch.ops.aten
 

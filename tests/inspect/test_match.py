@@ -22,7 +22,7 @@ from qpass.capture.export import capture
 from qpass.inspect.matching.match import match
 from qpass.inspect.nodes import NodeView, Snapshot
 from qpass.inspect.snapshot import snapshot
-from qpass.ir.edit import copy_graph_module
+from qpass.ir.module import copy_graph_module
 from qpass.quantize.passes.annotate import Annotate
 from qpass.quantize.passes.fold_batch_norm import FoldBatchNorm
 from qpass.quantize.passes.fold_constants import FoldConstants

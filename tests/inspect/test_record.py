@@ -19,7 +19,7 @@ from torch import fx, nn
 
 import qpass
 from qpass.errors import InputError
-from qpass.ir.edit import copy_graph_module
+from qpass.ir.module import copy_graph_module
 from qpass.quantize.stages import convert_graph
 
 aten = torch.ops.aten

@@ -19,7 +19,7 @@ from interpret import values
 from qpass.capture.export import capture
 from qpass.inspect import ranges
 from qpass.inspect.sqnr_nodes import SqnrByNode
-from qpass.ir.edit import copy_graph_module
+from qpass.ir.module import copy_graph_module
 from qpass.spec.config import Config
 
 aten = torch.ops.aten

@@ -11,8 +11,8 @@ import qpass
 from interpret import operators
 from qpass.capture.export import capture
 from qpass.errors import ConfigError, ConvertError, InputError, VerifyError
-from qpass.ir.edit import copy_graph_module, rebuild
 from qpass.ir.frame import Pass, PassResult
+from qpass.ir.module import copy_graph_module, rebuild
 from qpass.ir.pipeline import PassRun, Pipeline
 from qpass.ir.record import Stage, graph_record
 from qpass.ir.text import target_name

@@ -10,7 +10,8 @@ from torch._higher_order_ops import scan
 from torch.export import Dim, export
 from torch.utils._pytree import tree_leaves
 
-from qpass.ir.regions import inline_set_grad, regions, sink_constants
+from qpass.ir.region_edits import inline_set_grad, sink_constants
+from qpass.ir.regions import regions
 from qpass.ir.source import module_path, module_stack
 from qpass.ir.text import graph_text
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from interpret import operators
 from qpass.capture.export import capture
 from qpass.ir.constants import Constants
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.expression import Expr, aten
 from qpass.ir.match import Match
 from qpass.ir.rule import Refusal, Rule, apply_rules, require

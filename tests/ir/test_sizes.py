@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lockstep import traced, value
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.sizes import argument, is_data_dependent, is_known, is_symbolic, product, sizes, total, value_of
 
 

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from qpass.capture.export import capture
 from qpass.errors import VerifyError
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.record import STAGES
 from qpass.ir.verify import verify
 from qpass.ops import graph_ops as ops

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from qpass.capture.export import capture
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.expression import Expr, aten
 from qpass.ir.rule import Refusal, require
 from qpass.islands.island import (

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from interpret import copied, values
-from qpass.ir.edit import copy_graph_module
+from qpass.ir.module import copy_graph_module
 from qpass.ir.pipeline import Pipeline
 from qpass.ir.text import target_name
 from qpass.islands.qdq import Pair, as_dequantize, as_quantize, cast_of

@@ -13,9 +13,11 @@ from torch import Tensor, fx, nn
 
 from qpass.backend.inductor import compile_lowered
 from qpass.capture.dynamo import from_dynamo
-from qpass.ir.edit import Editor, get_constant
+from qpass.ir.attributes import get_constant
+from qpass.ir.editor import Editor
 from qpass.ir.origins import Derived
-from qpass.ir.regions import regions, sink_constants
+from qpass.ir.region_edits import sink_constants
+from qpass.ir.regions import regions
 
 aten, onednn = torch.ops.aten, torch.ops.onednn
 SCALE, ZERO_POINT = 0.05, 128

@@ -24,7 +24,7 @@ from torch import fx
 from qpass.arithmetic.numerics import dtype_name
 from qpass.comm.graph.collective import SENT_KEY, WAIT, WORLD_KEY, group_name, ops, world_in
 from qpass.comm.wire.format import WireFormat
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.match import normalized
 from qpass.ir.rule import require
 from qpass.ir.sizes import Size, argument, arguments, product, sizes

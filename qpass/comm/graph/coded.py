@@ -20,7 +20,7 @@ from torch import fx
 
 import qpass.comm.wire.fed_rounding  # noqa: F401  (registers the operators)
 from qpass.comm.wire.format import WireFormat, parse
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.match import normalized
 from qpass.ir.sizes import Size, argument, arguments, is_known, is_symbolic, product, sizes, value_of
 from qpass.torch_private import is_contiguous_or_false

@@ -28,7 +28,7 @@ from qpass.comm.graph.collective import (
     ops,
     world_in,
 )
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.match import argument_names
 from qpass.ir.rule import require
 from qpass.ir.sizes import is_known

@@ -19,7 +19,7 @@ from torch import fx
 
 from qpass.comm.graph.coded import Coded, Shape, as_coded, decoded, encoded
 from qpass.comm.wire.format import WireFormat
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.sizes import arguments, is_known, size, sizes
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from torch import fx
 
 from qpass.comm.graph.coded import Coded, as_coded, shape_of
 from qpass.comm.graph.collective import SENT_KEY, UNFED_KEY, WAIT, Collective, as_collective, ops
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.match import normalized
 from qpass.ir.record import NodeRecord, record_of, set_record
 from qpass.ir.rule import Refusal, require

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.record import describe, set_record
 from qpass.ir.rule import apply_rules

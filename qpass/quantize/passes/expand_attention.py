@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import record_of, set_record

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpass.ir.edit import Editor, free_name, get_constant
+from qpass.ir.attributes import free_name, get_constant
+from qpass.ir.editor import Editor
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized, set_arguments
 from qpass.quantize.passes.annotate import FOLD

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from qpass.ir.alias import written
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.fake import refresh_val
 from qpass.ir.frame import Pass, PassResult
 from qpass.islands.qdq import cast_of

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qpass.ir.attributes import free_name, get_constant, replace_submodule, set_constant, take_over
 from qpass.ir.branch import Branch
-from qpass.ir.edit import Editor, free_name, get_constant, replace_submodule, set_constant, take_over
+from qpass.ir.editor import Editor
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.gradient import DETACH
 from qpass.ir.match import normalized, set_arguments

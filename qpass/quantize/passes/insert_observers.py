@@ -9,8 +9,9 @@ from typing import Any
 from torch import fx
 
 from qpass.ir.alias import written
+from qpass.ir.attributes import free_name
 from qpass.ir.constants import Constants
-from qpass.ir.edit import Editor, free_name
+from qpass.ir.editor import Editor
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.guard import behind_checks
 from qpass.ir.observer import is_observer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from qpass.ir.constants import Constants
-from qpass.ir.edit import Editor, erase_dead
+from qpass.ir.editor import Editor, erase_dead
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.record import describe, record_of, set_record
 from qpass.ir.rule import Refusal

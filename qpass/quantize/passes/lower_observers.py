@@ -15,7 +15,7 @@ from qpass.arithmetic.numerics import quantize_weight
 from qpass.arithmetic.tiling import BLOCK
 from qpass.errors import CalibrationError
 from qpass.ir.constants import Constants, expression
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.fake import fake_call
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.origins import Derived

@@ -13,7 +13,7 @@ from torch import fx
 
 from qpass.arithmetic import graph_ops as ops
 from qpass.ir.constants import Constants
-from qpass.ir.edit import Editor, erase_dead
+from qpass.ir.editor import Editor, erase_dead
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import describe, record_of, set_record

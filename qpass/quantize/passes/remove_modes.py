@@ -9,8 +9,9 @@ import torch
 from torch import fx, nn
 
 from qpass.ir.alias import written
+from qpass.ir.attributes import holder, replace_submodule
 from qpass.ir.branch import Branch
-from qpass.ir.edit import Editor, holder, replace_submodule
+from qpass.ir.editor import Editor
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.gradient import stopped
 from qpass.ir.match import set_arguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.rule import require
 from qpass.islands.island import IslandMatch, Specs, codes_of, quantized_operands
 from qpass.islands.views import carried

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.rule import require
 from qpass.islands.island import IslandMatch, Specs, codes_of, quantized_operands, uncast
 from qpass.islands.qdq import cast_of, only_quantize

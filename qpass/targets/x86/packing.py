@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpass.ir.attributes import get_constant
 from qpass.ir.constants import expression, form
-from qpass.ir.edit import Editor, get_constant
+from qpass.ir.editor import Editor
 from qpass.ir.origins import Derived
 from qpass.islands.island import IslandMatch, codes_of, quantized_operands
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qpass import torch_private
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.rule import Refusal, require
 from qpass.islands.island import IslandMatch, Specs, codes_of, quantized_operands, uncast
 from qpass.islands.qdq import cast_of

@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qpass.comm.wire.operators import FORMULAS
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.fake import fake_mode_of
 from qpass.ir.frame import Pass, PassResult
 

@@ -35,7 +35,7 @@ from qpass.comm.policy.cost import Decision
 from qpass.comm.policy.override import Place, Seen
 from qpass.comm.policy.policy import LARGE, Policy
 from qpass.comm.wire.codec import Codec
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import describe, record_of, set_record, stands_for_several

@@ -17,7 +17,7 @@ from qpass.comm.graph.collective import KINDS, WAIT, Collective, as_collective
 from qpass.comm.graph.joined import CUT, JOIN
 from qpass.comm.graph.pieces import SEND
 from qpass.comm.graph.transfer import result_shape
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import record_of, records_of, set_records

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from qpass import torch_private
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.sizes import is_data_dependent, is_symbolic
 

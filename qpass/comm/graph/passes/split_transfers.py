@@ -12,7 +12,7 @@ from qpass.comm.graph.coded import DECODE, DECODE_REDUCE, ENCODE_FED, ENCODERS
 from qpass.comm.graph.collective import Collective, as_collective
 from qpass.comm.graph.pieces import RECEIVE, SEND, pieces_of
 from qpass.comm.wire.format import WireFormat, parse
-from qpass.ir.edit import Editor, erase_dead
+from qpass.ir.editor import Editor, erase_dead
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import record_of, set_record

@@ -15,7 +15,7 @@ from qpass.comm.graph.coded import ENCODERS, reduced
 from qpass.comm.graph.collective import SUMS, c10d, ops
 from qpass.comm.graph.transfer import exchange, issued_by, payload_of, result_shape, send, wait_for, world_of
 from qpass.ir.constants import Constants
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.expression import Expr
 from qpass.ir.match import Match
 from qpass.ir.rule import Rule, require

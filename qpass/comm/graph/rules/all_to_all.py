@@ -14,7 +14,7 @@ from qpass.comm.graph.collective import PARTS_KEY, c10d, ops
 from qpass.comm.graph.parts import as_coded_parts, decoded_parts, fills_rows, joined
 from qpass.comm.graph.transfer import exchange, issued_by, payload_of, result_shape, send, wait_for, world_of
 from qpass.ir.constants import Constants
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.expression import Expr, aten
 from qpass.ir.match import Match
 from qpass.ir.rule import Refusal, Rule, require

@@ -14,7 +14,7 @@ from qpass.comm.graph.collective import Collective, c10d, ops
 from qpass.comm.graph.shared import are_shared
 from qpass.comm.graph.transfer import issued_by, result_shape, send, wait_for, world_of
 from qpass.ir.constants import Constants
-from qpass.ir.edit import Editor
+from qpass.ir.editor import Editor
 from qpass.ir.expression import Expr
 from qpass.ir.match import Match, set_arguments
 from qpass.ir.rule import Rule, require

@@ -1,9 +1,8 @@
-"""Editing FX graphs: nodes that keep their provenance, constants by dotted name, copies that share weights."""
+"""Inserting nodes into FX graphs: each keeps the provenance of the node that it stands for."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 from torch import fx
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
+from qpass.ir.attributes import free_name, get_constant, is_taken, set_constant
 from qpass.ir.fake import fake_call, fake_constant, fake_mode_of
-from qpass.ir.module import GraphModule
-from qpass.ir.origins import Derived, derived_constants, is_known
+from qpass.ir.origins import Derived, derived_constants
 
 INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 
@@ -51,7 +50,7 @@ class Editor:
 
     def numbered(self, name: str) -> str:
         """``name_0``, ``name_1``, ...: the next one, counting from the last one given, that is not taken."""
-        while _has(self.gm, numbered := f"{name}_{self._numbers[name]}"):
+        while is_taken(self.gm, numbered := f"{name}_{self._numbers[name]}"):
             self._numbers[name] += 1
         return numbered
 
@@ -119,133 +118,6 @@ class Editor:
     def _at(self, before: fx.Node | None, after: fx.Node | None) -> Iterator[None]:
         with self.graph.inserting_before(before) if before is not None else self.graph.inserting_after(after):
             yield
-
-
-def get_constant(gm: torch.nn.Module, name: str) -> torch.Tensor:
-    """The tensor behind a dotted ``get_attr`` target."""
-    found: Any = gm
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def set_constant(gm: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Register ``value`` as a buffer at a dotted name, making the sub-modules on the way."""
-    *path, leaf = name.split(".")
-    owner: torch.nn.Module = gm
-    for part in path:
-        child = getattr(owner, part, None)
-        if not isinstance(child, torch.nn.Module):
-            child = torch.nn.Module()
-            owner.add_module(part, child)
-        owner = child
-    owner.register_buffer(leaf, value)
-
-
-def free_name(gm: torch.nn.Module, name: str) -> str:
-    """``name``, or ``name_1``, ``name_2``, ... whichever is not taken and was never a constant's.
-
-    Dots become underscores where an attribute of every module stands in the way, as one called ``train`` does.
-    """
-    if not _may_hold(gm, name):
-        name = name.replace(".", "_")
-    candidate, number = name, 0
-    while _has(gm, candidate) or is_known(gm, candidate):
-        number += 1
-        candidate = f"{name}_{number}"
-    return candidate
-
-
-def _may_hold(gm: torch.nn.Module, name: str) -> bool:
-    """Whether every holder on the way to ``name`` is a module, or may become one."""
-    found: Any = gm
-    for part in name.split(".")[:-1]:
-        found = getattr(found, part, torch.nn.Module())
-        if not isinstance(found, torch.nn.Module):
-            return False
-    return True
-
-
-def _has(gm: torch.nn.Module, name: str) -> bool:
-    found: Any = gm
-    for part in name.split("."):
-        if not hasattr(found, part):
-            return False
-        found = getattr(found, part)
-    return True
-
-
-def copy_graph_module(gm: fx.GraphModule, kind: type[GraphModule] = GraphModule) -> fx.GraphModule:
-    """A copy of the graph, its sub-graphs and its module tree that shares every tensor and observer with ``gm``.
-
-    Holder modules are new, so that constants may be added to the copy without touching the original; parameters and
-    buffers are the same tensors, so no weight is copied. What the graph does not read is left behind. A ``Draft`` is
-    for the caller that will rebuild it.
-    """
-    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
-    mapping: dict[fx.Node, fx.Node] = {}
-    result_value = graph.graph_copy(gm.graph, mapping)
-    source_output = gm.graph.output_node()
-    graph.output(result_value).meta = copy.copy(source_output.meta)
-    graph.set_codegen(gm.graph._codegen)
-    return rebuild(gm, graph, kind)
-
-
-def rebuild(gm: fx.GraphModule, graph: fx.Graph | None = None, kind: type[GraphModule] = GraphModule) -> fx.GraphModule:
-    """A module around ``graph`` (by default ``gm``'s own) that holds just what the graph reads, tensors shared.
-
-    Its code is generated from the graph as it is now, that of its sub-graphs too.
-    """
-    graph = gm.graph if graph is None else graph
-    result = kind(gm, graph, type(gm).__name__)
-    result.meta = {key: copy.copy(value) for key, value in gm.meta.items()}
-    result.training = gm.training
-    for node in graph.nodes:
-        if node.op != "get_attr":
-            continue
-        value = get_constant(gm, node.target)
-        if isinstance(value, fx.GraphModule):
-            region = copy_graph_module(value, kind) if graph is not gm.graph else rebuild(value, kind=kind)
-            replace_submodule(result, node.target, region)
-        elif not _is_persistent(gm, node.target):
-            owner, leaf = owner_of(result, node.target)
-            owner._non_persistent_buffers_set.add(leaf)
-    return result
-
-
-def owner_of(gm: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """The sub-module that holds the dotted attribute ``name``, and the attribute's last part."""
-    path, _, leaf = name.rpartition(".")
-    return gm.get_submodule(path), leaf
-
-
-def take_over(module: torch.nn.Module, other: torch.nn.Module) -> None:
-    """Let ``module`` hold the parameters, buffers and sub-modules of ``other``."""
-    module._parameters.update(other._parameters)
-    module._buffers.update(other._buffers)
-    module._modules.update(other._modules)
-    module._non_persistent_buffers_set |= other._non_persistent_buffers_set
-
-
-def holder(module: torch.nn.Module) -> torch.nn.Module:
-    """A module that computes nothing and holds what ``module`` holds; holders inside it are new ones, too."""
-    result = torch.nn.Module()
-    take_over(result, module)
-    for name, child in result._modules.items():
-        if type(child) is torch.nn.Module:
-            result._modules[name] = holder(child)
-    return result
-
-
-def replace_submodule(gm: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
-    """Put ``module`` in the place of the sub-module at a dotted name."""
-    owner, leaf = owner_of(gm, name)
-    setattr(owner, leaf, module)
-
-
-def _is_persistent(gm: torch.nn.Module, name: str) -> bool:
-    owner, leaf = owner_of(gm, name)
-    return leaf not in owner._non_persistent_buffers_set
 
 
 def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
