@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def diff(options: argparse.Namespace) -> int:
     """Print what changed; 1 when a condition of ``--fail-if`` holds."""
-    from qpass.inspect.diff import diff, is_op
+    from qpass.inspect.changes.diff_data import is_op
+    from qpass.inspect.diff import diff
 
     found = diff(options.a, options.b)
     if options.html:

@@ -1,24 +1,17 @@
-"""The house keeps its own rules: floors, names, sizes, the list of packages, the wheel a user gets, and its types."""
+"""The house keeps its own rules: floors, circles, names, sizes, words and the list of packages."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
-import tomllib
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from shutil import copy, copytree, ignore_patterns
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+from house import MODULES, PROJECT, ROOT
 
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 
@@ -30,8 +23,6 @@ DOORS = {
     "torch_private",
 }  # fmt: skip
 
-OPTIONAL = ("matplotlib", "nncf", "onnx", "onnxruntime", "openvino", "rich", "sklearn", "torchao", "transformers")
-
 # What the text of a public library has no business saying. The brackets keep these lines from matching themselves.
 FORBIDDEN = {
     "an issue by its number": r"(?<![\w&])[#]\d{1,2}\b|\bissue \d+\b",
@@ -40,17 +31,6 @@ FORBIDDEN = {
 }
 
 
-def modules() -> dict[str, Path]:
-    """Dotted name -> file, for every Python file that is installed."""
-    found = {}
-    for folder, package in ((ROOT / "qpass", "qpass"), (ROOT / "patterns", "qpass.patterns")):
-        for file in sorted(folder.rglob("*.py")):
-            parts = file.relative_to(folder).with_suffix("").parts
-            found[".".join((package, *(part for part in parts if part != "__init__")))] = file
-    return found
-
-
-MODULES = modules()
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
@@ -117,6 +97,33 @@ def test_imports_point_down_only() -> None:
 )
 def test_an_import_from_above_is_seen(module: str, source: str, expected: list[str]) -> None:
     assert imports_from_above(source, module) == expected
+
+
+def imports_of(name: str, file: Path) -> set[str]:
+    """The files that a file imports, those read in functions and for types only among them."""
+    return {found for _, found in imported(file.read_text(), name, file.stem == "__init__") if found in MODULES}
+
+
+def circle(imports: Mapping[str, set[str]]) -> list[str]:
+    """Some circle of imports, its first name again at the end; empty where there is none."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    assert circle({name: imports_of(name, file) for name, file in MODULES.items()}) == []
+
+
+def test_a_circle_of_any_length_is_seen(tmp_path: Path) -> None:
+    late = "if TYPE_CHECKING:\n    import qpass.ir.editor\ndef f():\n    from . import text"
+    (tmp_path / "alias.py").write_text(late)
+    assert imports_of("qpass.ir.alias", tmp_path / "alias.py") == {"qpass.ir.editor", "qpass.ir.text"}
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert sorted(set(circle({"a": {"b"}, "b": {"c"}, "c": {"d", "a"}, "d": set()}))) == ["a", "b", "c"]
+    assert circle({"a": {"a"}}) == ["a", "a"]
 
 
 # torch's private names
@@ -298,71 +305,6 @@ def test_the_version_is_said_once_and_the_same() -> None:
     import qpass
 
     assert qpass.__version__ == PROJECT["project"]["version"]
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of the sources, built away from the repository: a `build/` left there would lend the wheel its files."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        copy(ROOT / name, source)
-    for name in ("qpass", "patterns"):
-        copytree(ROOT / name, source / name, ignore=ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    return next(out.glob("*.whl"))
-
-
-@pytest.fixture(scope="module")
-def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unpacked")
-    zipfile.ZipFile(wheel).extractall(folder)
-    return folder
-
-
-def run_elsewhere(cwd: Path, *command: str, path: Path | None = None) -> str:
-    """Standard output of `python COMMAND` in folder `cwd`, with `path` as its PYTHONPATH or none at all."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": str(path)} if path else {}
-    ran = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
-
-
-def test_the_wheel_holds_every_module(wheel: Path) -> None:
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    stems = [name.replace(".", "/") + "/__init__" * (file.stem == "__init__") for name, file in MODULES.items()]
-    assert held == {f"{stem}.py" for stem in stems} | {"qpass/py.typed"}
-
-
-def test_the_wheel_imports_from_another_folder_without_extras(unpacked: Path, tmp_path: Path) -> None:
-    script = f"""
-import importlib, json, sys
-sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # importing one of them raises
-files = {{name: importlib.import_module(name).__file__ for name in {sorted(MODULES)!r}}}
-import torch
-assert not torch.distributed.is_initialized()
-print(json.dumps(files))
-"""
-    files = json.loads(run_elsewhere(tmp_path, "-c", script, path=unpacked).splitlines()[-1])
-    assert [name for name, file in files.items() if not Path(file).is_relative_to(unpacked)] == []
-
-
-def test_the_wheel_is_typed_with_the_catalogue_in_its_place(unpacked: Path, tmp_path: Path) -> None:
-    """In the repository mypy reads `patterns/` under that name; only here does it see `qpass.patterns`, as users do."""
-    options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(tmp_path), "--no-warn-unused-ignores"]
-    run_elsewhere(unpacked, "-m", "mypy", *options, "--package", "qpass")
-
-
-def test_torch_finds_the_backend_without_importing_qpass(tmp_path: Path) -> None:
-    script = """
-import sys, torch
-assert "qpass" in torch._dynamo.list_backends()
-assert "qpass" not in sys.modules
-assert callable(torch._dynamo.lookup_backend("qpass"))
-"""
-    run_elsewhere(tmp_path, "-c", script)
 
 
 @pytest.mark.parametrize("name", ["patterns", "rules.patterns"])

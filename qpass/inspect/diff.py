@@ -3,235 +3,62 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from qpass.errors import InputError, near
-from qpass.inspect.edits import Change, Edit, Instance, edits, instances
+from qpass.inspect.changes.diff_data import KINDS, DiffData
+from qpass.inspect.changes.instances import instances
 from qpass.inspect.matching.match import match
-from qpass.inspect.nodes import NodeView, Snapshot
+from qpass.inspect.render import model_explorer
+from qpass.inspect.render.diff_html import html
+from qpass.inspect.render.diff_text import rich_text, text
+from qpass.inspect.render.export import to_dot, to_json
+from qpass.inspect.render.page import page
+from qpass.inspect.render.terminal import show
 from qpass.inspect.snapshot import snapshot
-
-Pair = tuple[NodeView, NodeView]
-CALLS = ("call_function", "call_module", "call_method")
-KINDS = ("added", "removed", "rewired", "retargeted")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class GraphDiff:
+class GraphDiff(DiffData):
     """What changed from one graph to another; true when anything did.
 
-    It holds snapshots, not graphs: no weight stays alive by it. Narrower diffs come from :meth:`module`, :meth:`op` and
-    :attr:`passes`; :attr:`edits` are the distinct edits. ``str(diff)`` is ASCII and stable over runs; :meth:`show`
-    prints it in colour on a terminal; a notebook shows it as HTML.
-
-    Attributes:
-        before, after: what was compared.
-        instances: the changes, gathered by place.
-        matched: (before, after) of each node that both have, changed or not.
-        metrics: name -> value for each node of ``after``, by its path.
-        name: what made the difference, where that is known better than by stages or files.
+    :class:`DiffData` has its content. ``str(diff)`` is ASCII and stable over runs; :meth:`show` prints it in colour on
+    a terminal; a notebook shows it as HTML.
     """
 
-    before: Snapshot
-    after: Snapshot
-    instances: tuple[Instance, ...]
-    matched: tuple[Pair, ...]
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    name: str = ""
-
-    def __bool__(self) -> bool:
-        return bool(self.instances)
-
-    @cached_property
-    def changes(self) -> tuple[Change, ...]:
-        """One entry for each changed node, in the order of the graphs: removed ones first."""
-        found = [change for instance in self.instances for change in instance.changes]
-        return tuple(sorted(found, key=lambda change: (change.kind != "removed", change.node.index)))
-
-    @property
-    def added(self) -> tuple[NodeView, ...]:
-        """Nodes of ``after`` that ``before`` lacks."""
-        return tuple(change.after for change in self.changes if change.kind == "added" and change.after)
-
-    @property
-    def removed(self) -> tuple[NodeView, ...]:
-        """Nodes of ``before`` that ``after`` lacks."""
-        return tuple(change.before for change in self.changes if change.kind == "removed" and change.before)
-
-    @property
-    def rewired(self) -> tuple[Pair, ...]:
-        """Nodes that read other nodes than before, or have other literal arguments."""
-        return self._both("rewired")
-
-    @property
-    def retargeted(self) -> tuple[Pair, ...]:
-        """Nodes whose value another operator computes now."""
-        return self._both("retargeted")
-
-    @cached_property
-    def edits(self) -> tuple[Edit, ...]:
-        """The distinct edits, each with all places where it was made."""
-        return tuple(edits(self.instances))
-
-    @cached_property
-    def ops(self) -> dict[str, tuple[int, int]]:
-        """Operator -> (how many before, how many after), for those whose number changed, by name."""
-        old = [*self.removed, *(before for before, _ in self.matched)]
-        new = [*self.added, *(after for _, after in self.matched)]
-        counts = [Counter(view.short for view in views if view.op in CALLS) for views in (old, new)]
-        names = sorted(name for name in counts[0] | counts[1] if counts[0][name] != counts[1][name])
-        return {name: (counts[0][name], counts[1][name]) for name in names}
-
-    @cached_property
-    def refusals(self) -> dict[tuple[str, str], tuple[NodeView, ...]]:
-        """(operation, reason) -> the nodes of ``after`` for which the configuration asked for more than was done."""
-        found: dict[tuple[str, str], list[NodeView]] = {}
-        here = {id(view) for _, view in self.matched} | {id(view) for view in self.added}
-        for view in self.after.nodes:
-            if view.record is not None and view.record.is_missed and id(view) in here:
-                found.setdefault((view.record.op, view.record.reason), []).append(view)
-        return {key: tuple(views) for key, views in found.items()}
-
-    # ---- narrower diffs
-
-    def module(self, pattern: str) -> GraphDiff:
-        """The part in modules whose path matches ``pattern`` (``"layers.0.*"``), sub-modules only where it says so."""
-        return self._where(lambda view: fnmatchcase(view.module, pattern))
-
-    def op(self, pattern: str) -> GraphDiff:
-        """The instances that touch an operator: ``"linear"``, ``"aten.linear"``, ``"aten.*"``."""
-        return self._where(lambda view: is_op(view, pattern))
-
-    @property
-    def passes(self) -> Mapping[str, GraphDiff]:
-        """Pass name -> the instances in which that pass made a node."""
-        names = dict.fromkeys(name for edit in self.edits for name in edit.passes)
-        return _Passes({name: self._made_by(name) for name in names})
-
-    def with_metric(self, name: str, values: Mapping[Any, float]) -> GraphDiff:
-        """The same diff with a figure beside each node: ``diff.with_metric("sqnr", qpass.sqnr(a, b, x, nodes=True))``.
-
-        Keys of ``values`` are nodes of ``after``, or their names (``"region/name"`` inside regions).
-        """
-        plain = {getattr(key, "path", None) or getattr(key, "name", None) or str(key): v for key, v in values.items()}
-        return replace(self, metrics={**self.metrics, name: plain})
-
-    # ---- in tests
-
-    def assert_only(
-        self, *, added: Sequence[str] = (), removed: Sequence[str] = (), retargeted: Sequence[str] = (),
-        rewired: Sequence[str] | None = None,
-    ) -> None:  # fmt: skip
-        """Assert that just these operators changed; patterns as for :meth:`op`, ``"*"`` allows all.
-
-        Nodes are added, removed or retargeted only by the patterns given, and each pattern must apply to some node, so
-        that it cannot outlive what it allowed. ``rewired`` None allows any rewiring: additions bring it about.
-        Constants count by their dotted name.
-
-        Raises:
-            AssertionError: something else changed, or a pattern applies to nothing.
-        """
-        faults = []
-        for kind, patterns in (
-            ("added", added),
-            ("removed", removed),
-            ("retargeted", retargeted),
-            ("rewired", rewired),
-        ):
-            views = [change.node for change in self.changes if change.kind == kind]
-            if patterns is None:
-                continue
-            wrong = [view for view in views if not any(is_op(view, pattern) for pattern in patterns)]
-            faults += [f"{kind}: {view.path} ({view.operator})" for view in wrong]
-            idle = [pattern for pattern in patterns if not any(is_op(view, pattern) for view in views)]
-            faults += [f"nothing was {kind} that matches {pattern!r}" for pattern in idle]
-        if faults:
-            more = [f"... and {len(faults) - 20} more"] if len(faults) > 20 else []
-            raise AssertionError("\n  ".join(["the graphs differ in other ways than allowed:", *faults[:20], *more]))
-
-    # ---- faces
-
     def __str__(self) -> str:
-        from qpass.inspect.render.diff_text import text
-
         return text(self)
 
     def __repr__(self) -> str:
-        counts = ", ".join(
-            f"{len(getattr(self, kind))} {kind}" for kind in ("added", "removed", "rewired", "retargeted")
-        )
+        counts = ", ".join(f"{len(getattr(self, kind))} {kind}" for kind in KINDS)
         return f"<GraphDiff: {counts}; {len(self.edits)} distinct edits>"
 
     def __rich__(self) -> Any:
-        from qpass.inspect.render.diff_text import rich_text
-
         return rich_text(self)
 
     def show(self, file: IO[str] | None = None) -> None:
         """Print it, in colour where ``file`` (standard output) is a terminal, rich is installed and NO_COLOR unset."""
-        from qpass.inspect.render.terminal import show
-
         show(self, file)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        from qpass.inspect.render.diff_html import html
-
         return {"text/plain": str(self), "text/html": html(self)}
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write it as one self-contained page: no script, nothing to load."""
-        from qpass.inspect.render.diff_html import html
-        from qpass.inspect.render.page import page
-
         Path(path).write_text(page("qpass diff", html(self)), encoding="utf-8")
 
     def to_json(self) -> str:
         """All of it as JSON, keys sorted."""
-        from qpass.inspect.render.export import to_json
-
         return to_json(self)
 
     def to_dot(self) -> str:
         """The changed nodes and their neighbours in Graphviz' language: a cluster for each distinct edit."""
-        from qpass.inspect.render.export import to_dot
-
         return to_dot(self)
 
     def to_model_explorer(self, folder: str | os.PathLike[str]) -> None:
         """Write both graphs, the node mapping and all metrics as files that Model Explorer opens, into ``folder``."""
-        from qpass.inspect.render.model_explorer import write
-
-        write(self, Path(folder))
-
-    # ----
-
-    def _both(self, kind: str) -> tuple[Pair, ...]:
-        return tuple((c.before, c.after) for c in self.changes if c.kind == kind and c.before and c.after)
-
-    def _where(self, holds: Any) -> GraphDiff:
-        def touched(instance: Instance) -> bool:
-            views = (view for change in instance.changes for view in (change.before, change.after) if view)
-            return any(map(holds, views))
-
-        matched = tuple(pair for pair in self.matched if any(map(holds, pair)))
-        return replace(self, instances=tuple(filter(touched, self.instances)), matched=matched)
-
-    def _made_by(self, name: str) -> GraphDiff:
-        chosen = {id(i) for edit in self.edits if name in edit.passes for i in edit.instances}
-        return replace(self, instances=tuple(i for i in self.instances if id(i) in chosen))
-
-
-class _Passes(dict[str, GraphDiff]):
-    def __missing__(self, name: str) -> GraphDiff:
-        raise InputError(
-            f"no pass {name!r} made a node here{near(name, self)}", hint=f"known are {', '.join(self) or 'none'}"
-        )
+        model_explorer.write(self, Path(folder))
 
 
 def diff(a: Any, b: Any) -> GraphDiff:
@@ -248,9 +75,3 @@ def diff(a: Any, b: Any) -> GraphDiff:
     pairs = match(before, after)
     matched = tuple((before.nodes[left], after.nodes[right]) for left, right in sorted(pairs.items()))
     return GraphDiff(before, after, tuple(instances(before, after, pairs)), matched)
-
-
-def is_op(view: NodeView, pattern: str) -> bool:
-    """Whether a pattern names the operator of a node: in full, without overload, or in short."""
-    names = {view.operator, view.operator.rpartition(".")[0], view.short, view.short.partition(".")[0]}
-    return any(fnmatchcase(name, pattern) for name in names)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import pkgutil
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 
 from torch import Tensor, fx
 
@@ -13,6 +12,7 @@ import qpass.comm.graph.passes
 import qpass.quantize.passes
 from qpass import torch_private
 from qpass.arithmetic.numerics import dtype_name
+from qpass.inspect.values.report_data import Row
 from qpass.ir.constants import Constants
 from qpass.ir.record import NodeRecord, Stage, record_of
 from qpass.ir.source import module_path, source_line
@@ -25,33 +25,6 @@ PASSES = {module.name for module in pkgutil.iter_modules(_FOLDERS)}
 
 LOST = "a pass replaced it and did not carry its record over"
 NOT_TRIED = "no pattern of the catalogue recognised its q/dq form, so no kernel was tried"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One operation of the model.
-
-    ``outcome`` is "quantized" (its operands carry q/dq pairs), "lowered" (``kernel`` runs it), "float" (``reason``
-    says why), "exact" (moves values without rounding) or "unaccounted" (a pass lost its record: a defect of that
-    pass). ``compute_dtype`` is the dtype of what stays in float. ``count`` is the number of operations that were
-    merged into this one, itself included. A ``fused`` row is part of another row's island and counted there.
-    ``missed``: the configuration asked for more than was done. ``float_bytes`` are those of the weights that it reads
-    in floating point, in the float model; a weight that several operations read counts at the first.
-    """
-
-    op: str
-    module: str
-    outcome: str
-    kernel: str = ""
-    reason: str = ""
-    pattern: str = ""
-    compute_dtype: str = ""
-    line: str = ""
-    node: str = ""
-    count: int = 1
-    fused: bool = False
-    missed: bool = False
-    float_bytes: int = 0
 
 
 def operations(region: fx.GraphModule, stage: Stage, passes: Collection[str] = ()) -> Iterator[Row]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from qpass.arithmetic.numerics import dtype_name
 from qpass.capture.export import FirstBatch
 from qpass.errors import InputError
-from qpass.inspect.expression import ascii_only
-from qpass.inspect.render import page
-from qpass.inspect.render.report_text import table
+from qpass.inspect.render.plot import plot_ranges
+from qpass.inspect.render.ranges_table import html, text
+from qpass.inspect.values.observed_range import ObservedRange
 from qpass.ir.constants import Constants
 from qpass.ir.modes import FoldedWeight
 from qpass.ir.regions import regions
@@ -24,46 +22,19 @@ from qpass.spec.fake_quantize import FakeQuantizeBase
 
 BARS = 24
 """Bars of a histogram in text."""
-HEADER = ("observer", "module", "dtype", "lowest", "highest", "used")
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What one observer saw.
-
-    Attributes:
-        low, high: the extremes; ``chosen``: the ends of the range that its qparams cover, per tensor the chosen one;
-            of a fake-quantize module the smallest and the largest value that it rounds to.
-        counts: how many values fell into equal parts of ``low .. high``, empty where the observer keeps no histogram.
-        weight: whether it watches a constant, or one that a batch norm is folded into.
-    """
-
-    name: str
-    module: str
-    dtype: torch.dtype
-    low: float
-    high: float
-    chosen: tuple[float, float]
-    counts: tuple[int, ...] = ()
-    weight: bool = False
-
-
-class Ranges(tuple[Seen, ...]):
+class Ranges(tuple[ObservedRange, ...]):
     """All observers in the order of the graph; ``str()`` is a table with a small histogram in each line."""
 
     def __str__(self) -> str:
-        lines = [[*_cells(seen), _bars(seen.counts)] for seen in self]
-        return "\n".join(ascii_only(line) for line in table([*HEADER, "values (log scale)"], lines))
+        return text(self)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        lines = [[*_cells(seen), _bars(seen.counts, " ▁▂▃▄▅▆▇█")] for seen in self]
-        shown = page.table([*HEADER, "values (log scale)"], lines, numbers=(3, 4, 5))
-        return {"text/plain": str(self), "text/html": page.block(shown)}
+        return {"text/plain": str(self), "text/html": html(self)}
 
     def plot(self) -> Any:
         """A matplotlib figure: the histograms of the activations, the chosen range shaded."""
-        from qpass.inspect.render.plot import plot_ranges
-
         return plot_ranges(self)
 
 
@@ -76,10 +47,10 @@ def ranges(prepared: torch.nn.Module) -> Ranges:
     graph = prepared.captured if isinstance(prepared, FirstBatch) else prepared
     if not isinstance(graph, fx.GraphModule):
         raise InputError(f"ranges takes a prepared model, not {type(graph).__name__}", hint="call qpass.prepare first")
-    return Ranges(seen for region in regions(graph) for seen in _seen(region))
+    return Ranges(found for region in regions(graph) for found in _observed(region))
 
 
-def _seen(gm: fx.GraphModule) -> Iterator[Seen]:
+def _observed(gm: fx.GraphModule) -> Iterator[ObservedRange]:
     constants, told = Constants(gm), set()
     for node, name in observers(gm):
         module: Any = gm.get_submodule(name)
@@ -96,7 +67,7 @@ def _seen(gm: fx.GraphModule) -> Iterator[Seen]:
         ends = float(chosen[0].min()), float(chosen[1].max())
         reader = next(iter(node.users), node)
         counts = getattr(observer, "histogram", None)
-        yield Seen(
+        yield ObservedRange(
             name, module_path(reader), observer.dtype, float(low.min()), float(high.max()), ends,
             _binned(counts) if isinstance(counts, Tensor) else (), _unfolded(gm, node.args[0]) in constants,
         )  # fmt: skip
@@ -115,16 +86,3 @@ def _binned(histogram: Tensor) -> tuple[int, ...]:
         return ()
     used = histogram[int(filled[0]) : int(filled[-1]) + 1]
     return tuple(int(part.sum()) for part in used.tensor_split(min(BARS, len(used))))
-
-
-def _cells(seen: Seen) -> list[str]:
-    span = (seen.high - seen.low) or 1.0
-    used = 100 * (seen.chosen[1] - seen.chosen[0]) / span
-    dtype = dtype_name(seen.dtype)
-    return [seen.name, seen.module or "-", dtype, f"{seen.low:.4g}", f"{seen.high:.4g}", f"{min(used, 999):.0f} %"]
-
-
-def _bars(counts: Sequence[int], signs: str = " .:-=+*#") -> str:
-    """Counts as signs of rising weight, by their number of binary digits: tails are what one looks for."""
-    most = max(counts, default=0).bit_length()
-    return "".join(signs[-(-count.bit_length() * (len(signs) - 1) // most)] if most else " " for count in counts)

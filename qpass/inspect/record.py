@@ -18,10 +18,11 @@ from typing import Any
 from torch import fx
 
 from qpass.errors import InputError, near
+from qpass.inspect.changes.pass_data import PassData
 from qpass.inspect.diff import GraphDiff, diff
-from qpass.inspect.nodes import Snapshot
 from qpass.inspect.render.record_text import html, text
 from qpass.inspect.snapshot import snapshot
+from qpass.inspect.values.nodes import Snapshot
 from qpass.ir.pipeline import WATCHERS, PassRun, remarks
 from qpass.ir.record import Stage
 from qpass.torch_private import trace_log, trace_structured
@@ -30,28 +31,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PassRecord:
-    """One pass over one graph.
+class PassRecord(PassData):
+    """One pass over one graph, with a diff that can be printed and saved; :class:`PassData` has its content."""
 
-    Attributes:
-        name: the pass; ``stage``: what its pipeline makes, ``""`` for a pass of one's own.
-        changes: how many changes the pass says it made, None where it does not say.
-        seconds: its time, without the recording.
-        diff: what it changed.
-        notes: what the pass noted, and what it refused with the reason.
-    """
-
-    name: str
-    stage: str
-    changes: int | None
-    seconds: float
     diff: GraphDiff
-    notes: tuple[str, ...] = ()
-
-    @property
-    def changed(self) -> bool:
-        """Whether the graph is another one than before; a pass that only notes decisions changes none."""
-        return bool(self.diff)
 
 
 @dataclass

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -16,12 +15,13 @@ from qpass.backend.compiled import Compiled, compilations, program_of
 from qpass.backend.session import Communication, conclusions
 from qpass.capture.export import CAPTURE_KEY, FirstBatch
 from qpass.errors import InputError, StrictError
-from qpass.inspect.operations import Row, operations
+from qpass.inspect.operations import operations
 from qpass.inspect.render.report_html import html
 from qpass.inspect.render.report_text import render
 from qpass.inspect.sent import SENDERS, Sender, SentReport, sent_report
 from qpass.inspect.sqnr import sqnr
-from qpass.inspect.transfers import Transfer, transfers
+from qpass.inspect.transfers import transfers
+from qpass.inspect.values.report_data import ReportData, Row, Transfer
 from qpass.ir.attributes import get_constant
 from qpass.ir.record import GRAPH_KEY, GraphRecord
 from qpass.ir.regions import regions
@@ -30,56 +30,11 @@ from qpass.islands.qdq import DEQUANTIZE, QUANTIZE
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(ReportData):
     """Everything that is known about one graph, or about the several that a model fell into.
 
-    ``str(report)`` is its text, stable over runs. ``bytes_before`` are those of the float model's parameters and
-    buffers, ``bytes_after`` those of the constants that the graphs read now: a prepacked weight counts a byte a value,
-    the codes it was packed from count only where something else still reads them. ``weight_bytes`` are those of the
-    float model's floating-point constants that it does not write to, ``weight_bytes_kept`` those among them that
-    operations read in floating point: ``kept_share`` is their part. ``leftover`` counts the q/dq
-    operations in the graphs: once lowered, those that Inductor fuses into their neighbours. ``sqnr`` is in dB, None
-    where no reference was given. ``transfers`` are the collectives of what was compiled with ``comm``; ``stage`` is
-    "compiled" where no compute was lowered beside them.
+    :class:`ReportData` has its content. ``str(report)`` is its text, stable over runs; a notebook shows it as HTML.
     """
-
-    stage: str
-    target: str
-    rows: tuple[Row, ...]
-    bytes_before: int
-    bytes_after: int
-    leftover: dict[str, int]
-    notes: tuple[str, ...] = ()
-    sqnr: float | None = None
-    graphs: int = 1
-    transfers: tuple[Transfer, ...] = ()
-    weight_bytes: int = 0
-    weight_bytes_kept: int = 0
-
-    @property
-    def kept_share(self) -> float:
-        """The part of the weights' bytes that stays in floating point, 0 to 1; 0 where there are no weights."""
-        return self.weight_bytes_kept / self.weight_bytes if self.weight_bytes else 0.0
-
-    def count(self, *outcomes: str) -> int:
-        """The number of operations with one of these outcomes; of all but the exact ones when none is named."""
-        wanted = outcomes or ("quantized", "lowered", "float", "unaccounted")
-        return sum(row.count for row in self.rows if row.outcome in wanted and not row.fused)
-
-    @property
-    def missed(self) -> tuple[Row | Transfer, ...]:
-        """The operations and collectives for which the configuration asked for more than was done."""
-        every: list[Row | Transfer] = [*self.rows, *self.transfers]
-        return tuple(row for row in every if row.missed)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report in dicts, lists, strings and numbers, as JSON takes them; an infinite SQNR becomes a string."""
-        plain = asdict(self) | {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
-        plain["transfers"] = [asdict(transfer) for transfer in self.transfers]
-        plain["kept_share"] = self.kept_share
-        if self.sqnr is not None and math.isinf(self.sqnr):
-            plain["sqnr"] = str(self.sqnr)
-        return plain
 
     def __str__(self) -> str:
         return render(self)

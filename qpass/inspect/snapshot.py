@@ -19,8 +19,8 @@ from qpass import torch_private
 from qpass.backend.compiled import compiled_graphs, program_of
 from qpass.capture.export import FirstBatch
 from qpass.errors import InputError
-from qpass.inspect.nodes import INPUT, Keyword, NodeView, Snapshot
 from qpass.inspect.saved import kept_maker, kept_record, kept_stage, open_program
+from qpass.inspect.values.nodes import INPUT, Keyword, NodeView, Snapshot
 from qpass.ir.observer import Observer
 from qpass.ir.record import GRAPH_KEY
 from qpass.ir.source import module_path

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from qpass.errors import InputError, QpassError
+from qpass.inspect.sqnr_nodes import SqnrByNode, sqnr_by_node
 from qpass.inspect.unchanged import copied, unchanged
 from qpass.torch_private import tree_leaves
-
-if TYPE_CHECKING:
-    from qpass.inspect.sqnr_nodes import SqnrByNode
 
 
 @overload
@@ -43,8 +41,6 @@ def sqnr(a: Any, b: Any, inputs: Any, *, nodes: bool = False) -> float | SqnrByN
         QpassError: an output holds nan or infinity, or its squares overflow float64.
     """
     if nodes:
-        from qpass.inspect.sqnr_nodes import sqnr_by_node
-
         if not batches(inputs):
             raise InputError("there is nothing to compare: no batch", hint="pass some inputs")
         return sqnr_by_node(a, b, batches(inputs))

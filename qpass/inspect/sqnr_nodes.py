@@ -9,68 +9,32 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from qpass.capture.export import FirstBatch, capture
-from qpass.inspect.edits import absorbed
+from qpass.inspect.matching.absorbed import absorbed
 from qpass.inspect.matching.match import match
-from qpass.inspect.nodes import NodeView, Snapshot
+from qpass.inspect.render.plot import plot_sqnr
 from qpass.inspect.render.sqnr_text import html, text
 from qpass.inspect.snapshot import snapshot
 from qpass.inspect.unchanged import copied, unchanged
+from qpass.inspect.values.nodes import NodeView, Snapshot
+from qpass.inspect.values.noise import NodeNoise, NoiseData
 
 BLOCK = 1 << 15
 """Values compared at once: their float64 copies stay small."""
 OPERATIONS = ("call_function", "call_method", "call_module")
 
 
-class NodeNoise(NamedTuple):
-    """How far one value is from its reference, in dB.
-
-    ``own`` is the ratio to the noise that it adds to that of its noisiest input: what ``sqnr`` would be with exact
-    inputs, if noises were independent; ``inf`` where it adds none.
-    """
-
-    node: NodeView
-    reference: NodeView
-    sqnr: float
-    own: float
-
-
-class SqnrByNode(Mapping[str, float]):
+class SqnrByNode(NoiseData):
     """dB by the path of each compared node of ``b``, in the order of the graph; ``str()`` is the worst ten.
 
-    Attributes:
-        nodes: every compared node.
-        regions: of each region of ``b``, by its name, how many operations in it were not compared: it runs as one
-            operation, as often as its data say, and only its result is seen.
+    :class:`NoiseData` has its content.
     """
-
-    def __init__(self, nodes: list[NodeNoise], regions: Mapping[str, int] | None = None) -> None:
-        self.nodes = tuple(nodes)
-        self.regions = dict(regions or {})
-        self._by_path = {found.node.path: found.sqnr for found in nodes}
-
-    def __getitem__(self, path: str) -> float:
-        return self._by_path[path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._by_path)
-
-    def __len__(self) -> int:
-        return len(self._by_path)
-
-    def worst(self, count: int = 10) -> tuple[NodeNoise, ...]:
-        """The nodes of the lowest ratio, lowest first."""
-        return tuple(sorted(self.nodes, key=lambda found: (found.sqnr, found.node.index))[:count])
-
-    def costliest(self, count: int = 10) -> tuple[NodeNoise, ...]:
-        """The nodes that add the most noise to what they were given, most first: where to spend precision."""
-        return tuple(sorted(self.nodes, key=lambda found: (found.own, found.node.index))[:count])
 
     def __str__(self) -> str:
         return text(self)
@@ -83,8 +47,6 @@ class SqnrByNode(Mapping[str, float]):
 
     def plot(self) -> Any:
         """A matplotlib figure: dB along the graph, the worst ten by name."""
-        from qpass.inspect.render.plot import plot_sqnr
-
         return plot_sqnr(self)
 
 

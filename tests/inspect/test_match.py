@@ -20,8 +20,8 @@ from interpret import values
 from models import MODELS
 from qpass.capture.export import capture
 from qpass.inspect.matching.match import match
-from qpass.inspect.nodes import NodeView, Snapshot
 from qpass.inspect.snapshot import snapshot
+from qpass.inspect.values.nodes import NodeView, Snapshot
 from qpass.ir.module import copy_graph_module
 from qpass.quantize.passes.annotate import Annotate
 from qpass.quantize.passes.fold_batch_norm import FoldBatchNorm

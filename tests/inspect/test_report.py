@@ -13,7 +13,7 @@ from torch import nn
 import qpass
 from qpass.errors import CaptureError, InputError, StrictError
 from qpass.inspect import Report, Row, report_graphs
-from qpass.inspect.render.report_text import path_patterns
+from qpass.inspect.values.path_patterns import path_patterns
 from qpass.ir.record import NodeRecord, graph_record, record_of, set_record
 from qpass.ir.text import graph_text, target_name
 from qpass.targets import X86

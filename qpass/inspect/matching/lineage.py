@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from qpass.inspect.matching.pairs import Pairs, is_operation, readers
-from qpass.inspect.nodes import NodeView, Origin, Snapshot, sizes
+from qpass.inspect.values.nodes import NodeView, Origin, Snapshot, sizes
 
 
 def recorded(found: Pairs) -> None:

@@ -24,7 +24,7 @@ from qpass.inspect.matching.lineage import recorded, related
 from qpass.inspect.matching.merkle import Coloring, Colors
 from qpass.inspect.matching.pairs import Pairs, grouped, is_operation, readers
 from qpass.inspect.matching.subsequence import common_subsequence
-from qpass.inspect.nodes import NodeView, Snapshot
+from qpass.inspect.values.nodes import NodeView, Snapshot
 
 
 def match(a: Snapshot, b: Snapshot) -> dict[int, int]:

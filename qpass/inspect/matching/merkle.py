@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from qpass.inspect.nodes import NodeView, Snapshot
+from qpass.inspect.values.nodes import NodeView, Snapshot
 
 Coloring = tuple[list[int], list[int]]
 

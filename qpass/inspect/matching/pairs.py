@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 
-from qpass.inspect.nodes import NodeView, Snapshot
+from qpass.inspect.values.nodes import NodeView, Snapshot
 
 
 class Pairs:

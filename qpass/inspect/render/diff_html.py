@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
-from qpass.inspect.edits import Edit, Instance
+from qpass.inspect.changes.change import Edit, Instance
+from qpass.inspect.changes.diff_data import DiffData
 from qpass.inspect.render.diff_text import figures, heading, metric, title
 from qpass.inspect.render.page import MONO, block, details, escape, escape_lines, pairs, picture, quiet, table, tag
 from qpass.inspect.render.picture import COLORS, draw
-from qpass.inspect.render.report_text import path_patterns
-
-if TYPE_CHECKING:
-    from qpass.inspect.diff import GraphDiff
+from qpass.inspect.values.path_patterns import path_patterns
 
 REMOVED, ADDED = "color:#cf222e", "color:#1a7f37"
 OPENED = 12
@@ -22,7 +19,7 @@ LISTED = 200
 """Places of an edit that are listed; all are in ``to_json()``."""
 
 
-def html(diff: GraphDiff) -> str:
+def html(diff: DiffData) -> str:
     """The static HTML of a diff."""
     head = tag("p", tag("b", "qpass diff"), " ", escape(title(diff)))
     if not diff:
@@ -48,7 +45,7 @@ def html(diff: GraphDiff) -> str:
     return block(*parts)
 
 
-def _edit(number: int, edit: Edit, diff: GraphDiff) -> str:
+def _edit(number: int, edit: Edit, diff: DiffData) -> str:
     path, count = heading(edit)
     said = [f"{name} {value}" for name, values in diff.metrics.items() if (value := metric(edit, values))]
     said += [f"by {', '.join(edit.passes)}"] if edit.passes else []

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qpass.inspect.edits import Edit
-from qpass.inspect.expression import ascii_only
-from qpass.inspect.render.report_text import path_patterns, table
-
-if TYPE_CHECKING:
-    from qpass.inspect.diff import GraphDiff
+from qpass.inspect.changes.change import Edit
+from qpass.inspect.changes.diff_data import DiffData
+from qpass.inspect.render.ascii import ascii_only
+from qpass.inspect.render.quantity import quantity
+from qpass.inspect.render.table import table
+from qpass.inspect.values.path_patterns import path_patterns
 
 Line = tuple[tuple[str, str], ...]  # pieces of a line: (text, style)
 
 STYLES = {"removed": "red", "added": "green", "path": "bold", "count": "bold cyan", "quiet": "dim", "": ""}
 
 
-def text(diff: GraphDiff) -> str:
+def text(diff: DiffData) -> str:
     """The text of a diff, in ASCII."""
     return "\n".join(ascii_only("".join(piece for piece, _ in line)).rstrip() for line in lines(diff))
 
 
-def rich_text(diff: GraphDiff) -> Any:
+def rich_text(diff: DiffData) -> Any:
     """The same lines as a ``rich.text.Text`` in colour."""
     from rich.text import Text
 
@@ -34,7 +34,7 @@ def rich_text(diff: GraphDiff) -> Any:
     return result
 
 
-def lines(diff: GraphDiff) -> Iterator[Line]:
+def lines(diff: DiffData) -> Iterator[Line]:
     """The lines of a diff in styled pieces."""
     yield (("qpass diff", "path"), (f"  {title(diff)}", ""))
     if not diff:
@@ -56,7 +56,7 @@ def lines(diff: GraphDiff) -> Iterator[Line]:
         yield ((f"  in {', '.join(places)}", "quiet"),)
 
 
-def title(diff: GraphDiff) -> str:
+def title(diff: DiffData) -> str:
     """``"prepared -> quantized"``, by stage, by file, or just by being before and after."""
     if diff.name:
         return diff.name
@@ -64,7 +64,7 @@ def title(diff: GraphDiff) -> str:
     return f"{names[0]} -> {names[1]}"
 
 
-def figures(diff: GraphDiff) -> Iterator[tuple[str, str]]:
+def figures(diff: DiffData) -> Iterator[tuple[str, str]]:
     """What is said once about the whole: (name, figure)."""
     before, after = diff.before, diff.after
     counts = [("+", "added"), ("-", "removed"), ("~", "rewired"), ("~", "retargeted")]
@@ -98,15 +98,7 @@ def metric(edit: Edit, values: Any) -> str:
     return f"{min(found):.1f}" if found else ""
 
 
-def quantity(count: int) -> str:
-    """``"1.20 MB"``."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"
-
-
-def _edit(number: int, edit: Edit, diff: GraphDiff) -> Iterator[Line]:
+def _edit(number: int, edit: Edit, diff: DiffData) -> Iterator[Line]:
     path, count = heading(edit)
     said = [f"{name} {value}" for name, values in diff.metrics.items() if (value := metric(edit, values))]
     aside = "   ".join([*said, *([f"by {', '.join(edit.passes)}"] if edit.passes else [])])

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qpass.inspect.expression import ascii_only, short_name
-from qpass.inspect.nodes import NodeView
+from qpass.inspect.changes.diff_data import DiffData
+from qpass.inspect.changes.expression import short_name
+from qpass.inspect.render.ascii import ascii_only
 from qpass.inspect.render.diff_text import heading
-
-if TYPE_CHECKING:
-    from qpass.inspect.diff import GraphDiff
+from qpass.inspect.values.nodes import NodeView
 
 _COLORS = {"added": "#dafbe1", "removed": "#ffebe9", "rewired": "#fff8c5", "retargeted": "#fbefff"}
 
 
-def to_json(diff: GraphDiff) -> str:
+def to_json(diff: DiffData) -> str:
     """The diff in objects, lists, strings and numbers; keys sorted, infinite figures as strings."""
     content = {
         "before": {"stage": diff.before.stage, "file": diff.before.label, "nodes": len(diff.before),
@@ -45,7 +44,7 @@ def to_json(diff: GraphDiff) -> str:
     return json.dumps(content, indent=1, sort_keys=True)
 
 
-def to_dot(diff: GraphDiff) -> str:
+def to_dot(diff: DiffData) -> str:
     """One cluster a distinct edit, drawn at its first place; nodes are coloured by what happened to them."""
     lines = ["digraph diff {", '  node [shape=box, style="rounded,filled", fillcolor="#f6f8fa", fontname=monospace];']
     for position, edit in enumerate(diff.edits):

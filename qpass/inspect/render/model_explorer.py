@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qpass.inspect.nodes import NodeView, Snapshot
+from qpass.inspect.changes.diff_data import DiffData
 from qpass.inspect.render.export import number
-
-if TYPE_CHECKING:
-    from qpass.inspect.diff import GraphDiff
+from qpass.inspect.values.nodes import NodeView, Snapshot
 
 _GRADIENT = [{"stop": 0, "bgColor": "#ffebe9"}, {"stop": 1, "bgColor": "#dafbe1"}]
 
 
-def write(diff: GraphDiff, folder: Path) -> None:
+def write(diff: DiffData, folder: Path) -> None:
     """Write ``before.json``, ``after.json``, ``mapping.json``, ``changes.json`` and a file for each metric."""
     folder.mkdir(parents=True, exist_ok=True)
     _dump(folder / "before.json", _collection("before", diff.before))

@@ -6,10 +6,11 @@ import html
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from qpass.inspect.edits import Instance
-from qpass.inspect.expression import ascii_only, short_name
-from qpass.inspect.nodes import NodeView, Snapshot
+from qpass.inspect.changes.change import Instance
+from qpass.inspect.changes.expression import short_name
+from qpass.inspect.render.ascii import ascii_only
 from qpass.inspect.render.layout import layered
+from qpass.inspect.values.nodes import NodeView, Snapshot
 
 MOST = 24
 """Nodes beyond which a picture shows less than the text."""

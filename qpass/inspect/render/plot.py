@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from qpass.errors import InputError
-
-if TYPE_CHECKING:
-    from qpass.inspect.ranges import Ranges
-    from qpass.inspect.sqnr_nodes import SqnrByNode
+from qpass.inspect.values.noise import NoiseData
+from qpass.inspect.values.observed_range import ObservedRange
 
 
-def plot_sqnr(found: SqnrByNode) -> Any:
+def plot_sqnr(found: NoiseData) -> Any:
     """dB along the graph; the nodes that add most noise are named."""
     figure = _figure(9, 3.4)
     axes = figure.add_subplot()
@@ -32,21 +31,21 @@ def plot_sqnr(found: SqnrByNode) -> Any:
     return figure
 
 
-def plot_ranges(found: Ranges) -> Any:
+def plot_ranges(found: Sequence[ObservedRange]) -> Any:
     """A small histogram for each observer that counts, with the chosen range shaded; others as their range alone."""
-    shown = [seen for seen in found if not seen.weight] or list(found)
+    shown = [one for one in found if not one.weight] or list(found)
     columns = min(4, len(shown)) or 1
     rows = math.ceil(len(shown) / columns) or 1
     figure = _figure(2.6 * columns, 1.7 * rows)
-    for place, seen in enumerate(shown, 1):
+    for place, one in enumerate(shown, 1):
         axes = figure.add_subplot(rows, columns, place)
-        axes.axvspan(*seen.chosen, color="#dafbe1")
-        if seen.counts:
-            width = (seen.high - seen.low) / len(seen.counts) or 1.0
-            edges = [seen.low + width * (number + 0.5) for number in range(len(seen.counts))]
-            axes.bar(edges, seen.counts, width=width, color="#0969da")
+        axes.axvspan(*one.chosen, color="#dafbe1")
+        if one.counts:
+            width = (one.high - one.low) / len(one.counts) or 1.0
+            edges = [one.low + width * (number + 0.5) for number in range(len(one.counts))]
+            axes.bar(edges, one.counts, width=width, color="#0969da")
             axes.set_yscale("log")
-        axes.set_title(seen.module or seen.name, fontsize=7)
+        axes.set_title(one.module or one.name, fontsize=7)
         axes.tick_params(labelsize=6)
         axes.set_yticks([])
     figure.tight_layout()

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from qpass.inspect.expression import ascii_only
+from qpass.inspect.changes.pass_data import PassData
 from qpass.inspect.render import diff_html, page
-from qpass.inspect.render.report_text import table
-
-if TYPE_CHECKING:
-    from qpass.inspect.record import PassRecord
+from qpass.inspect.render.ascii import ascii_only
+from qpass.inspect.render.table import table
 
 HEADER = ("stage", "pass", "changed", "said", "+", "-", "~", "ms")
 
 
-def text(passes: Sequence[PassRecord]) -> str:
+def text(passes: Sequence[PassData]) -> str:
     """The table in ASCII; numbers stand to the right."""
     rows = [row(found) for found in passes]
     total = sum(found.seconds for found in passes)
@@ -27,7 +24,7 @@ def text(passes: Sequence[PassRecord]) -> str:
     return "\n".join([title, *(ascii_only(line) for line in table(lines[0], lines[1:]))])
 
 
-def html(passes: Sequence[PassRecord]) -> str:
+def html(passes: Sequence[PassData]) -> str:
     """The table, and behind each pass its diff."""
     total = sum(found.seconds for found in passes)
     title = f" {len(passes)} passes, {1e3 * total:.1f} ms"
@@ -40,7 +37,7 @@ def html(passes: Sequence[PassRecord]) -> str:
     return page.block(*parts)
 
 
-def row(found: PassRecord) -> list[str]:
+def row(found: PassData) -> list[str]:
     """The cells of one pass."""
     diff = found.diff
     counts = (len(diff.added), len(diff.removed), len(diff.rewired) + len(diff.retargeted))

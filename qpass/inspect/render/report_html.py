@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qpass.inspect.render import page
-from qpass.inspect.render.report_text import explained, headline, per_module, per_operation, reasons, remarks
-from qpass.inspect.transfers import per_transfer
+from qpass.inspect.render.report_text import (
+    explained,
+    headline,
+    per_module,
+    per_operation,
+    per_transfer,
+    reasons,
+    remarks,
+)
+from qpass.inspect.values.report_data import ReportData
 
-if TYPE_CHECKING:
-    from qpass.inspect.report import Report
 
-
-def html(report: Report) -> str:
+def html(report: ReportData) -> str:
     """The static HTML of a report."""
     numbered = reasons(report)
     title, *figures = headline(report)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from qpass.inspect.operations import Row
-from qpass.inspect.transfers import per_transfer
-
-if TYPE_CHECKING:
-    from qpass.inspect.report import Report
+from qpass.inspect.render.quantity import quantity
+from qpass.inspect.render.table import table
+from qpass.inspect.values.path_patterns import path_patterns
+from qpass.inspect.values.report_data import ReportData, Row, Transfer
 
 WORDS = {
     "lowered": "lowered",
@@ -21,10 +17,9 @@ WORDS = {
     "exact": "exact",
     "unaccounted": "unaccounted",
 }
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole step of a dotted path
 
 
-def render(report: Report) -> str:
+def render(report: ReportData) -> str:
     """The text of a report; a reason is written out once, below, and referred to by its number."""
     numbered = reasons(report)
     tables = (per_operation(report), per_module(report, numbered), per_transfer(report.transfers))
@@ -33,44 +28,7 @@ def render(report: Report) -> str:
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def path_patterns(paths: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Module paths grouped where only whole numbers in them differ: ``(pattern, paths)``, in order of appearance.
-
-    ``layers.0.fc``, ``layers.1.fc``, ``layers.2.fc`` read ``layers.{0..2}.fc``. A pattern stands for exactly its
-    paths: where numbers at two places do not occur in all combinations, the first place is written out.
-    """
-    groups: dict[str, list[str]] = {}
-    for path in dict.fromkeys(paths):
-        groups.setdefault(NUMBER.sub("#", path), []).append(path)
-    for members in groups.values():
-        indices = {path: tuple(map(int, NUMBER.findall(path))) for path in members}
-        for block in _products(list(indices.values())):
-            matching = tuple(path for path in members if indices[path] in block)
-            spans = [_span(sorted(set(values))) for values in zip(*block, strict=True)]
-            between = NUMBER.split(matching[0])
-            yield "".join(itertools.chain(*itertools.zip_longest(between, spans, fillvalue=""))), matching
-
-
-def _products(indices: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """``indices`` split into blocks that are full products of what occurs at each place."""
-    axes = [sorted(set(values)) for values in zip(*indices, strict=True)]
-    if set(itertools.product(*axes)) == set(indices) or len(indices) == 1:
-        yield indices
-        return
-    place = next(place for place, values in enumerate(axes) if len(values) > 1)
-    for value in axes[place]:
-        yield from _products([index for index in indices if index[place] == value])
-
-
-def _span(numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
-        return f"{{{numbers[0]}..{numbers[-1]}}}"
-    return f"{{{','.join(map(str, numbers))}}}"
-
-
-def headline(report: Report) -> list[str]:
+def headline(report: ReportData) -> list[str]:
     """The first lines: how much of the model is what, and the bytes of its constants."""
     total, lowered, quantized = report.count(), report.count("lowered"), report.count("quantized")
     is_lowered = "lowered" in report.stage
@@ -88,32 +46,25 @@ def headline(report: Report) -> list[str]:
     besides = [f"{fused} fused into the one before"] if fused else []
     besides += [f"{moved} only move values"] if moved else []
     lines += [f"              besides, {' and '.join(besides)}"] if besides else []
-    lines.append(f"  constants   {_bytes(report.bytes_before)} -> {_bytes(report.bytes_after)}{_percent(report)}")
+    lines.append(f"  constants   {quantity(report.bytes_before)} -> {quantity(report.bytes_after)}{_percent(report)}")
     if report.weight_bytes:
         share = f"{100 * report.kept_share:.1f} % of their bytes stay in float"
-        lines.append(f"  weights     {share} ({_bytes(report.weight_bytes_kept)} of {_bytes(report.weight_bytes)})")
+        lines.append(f"  weights     {share} ({quantity(report.weight_bytes_kept)} of {quantity(report.weight_bytes)})")
     if report.sqnr is not None:
         lines.append(f"  SQNR        {report.sqnr:.1f} dB")
     return lines + _communication(report)
 
 
-def _communication(report: Report) -> list[str]:
+def _communication(report: ReportData) -> list[str]:
     compressed = sum(bool(row.sent_as) for row in report.transfers)
     return [f"  collectives {compressed} of {len(report.transfers)} compressed"] if report.transfers else []
 
 
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"
-
-
-def _percent(report: Report) -> str:
+def _percent(report: ReportData) -> str:
     return f" ({100 * report.bytes_after / report.bytes_before:.1f} %)" if report.bytes_before else ""
 
 
-def per_operation(report: Report) -> list[list[str]]:
+def per_operation(report: ReportData) -> list[list[str]]:
     """The rows of a table by operation, its header first."""
     outcomes = ["quantized", "lowered", "float", "exact"]
     outcomes += ["unaccounted"] if report.count("unaccounted") else []
@@ -130,7 +81,7 @@ def per_operation(report: Report) -> list[list[str]]:
     return [["operation", *(WORDS[outcome] for outcome in outcomes), "kernel"], *lines] if lines else []
 
 
-def per_module(report: Report, reasons: dict[tuple[str, str], int]) -> list[list[str]]:
+def per_module(report: ReportData, reasons: dict[tuple[str, str], int]) -> list[list[str]]:
     """The rows of a table by module path, its header first; reasons by their number."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     shows_bytes = any(map(_keeps_weights, report.rows))
@@ -149,11 +100,21 @@ def per_module(report: Report, reasons: dict[tuple[str, str], int]) -> list[list
             count = sum(counts[path] for path in paths)
             name = (pattern or "(top level)") + (f" x{count}" if count > 1 else "")
             size = sum(kept[path] for path in paths)
-            sizes = [_bytes(size) if size else ""] if shows_bytes else []
+            sizes = [quantity(size) if size else ""] if shows_bytes else []
             lines.setdefault(paths[0], []).append([name, op, outcome, *sizes, what])
     in_order = [line for path in dict.fromkeys(row.module for row in report.rows) for line in lines.get(path, [])]
     header = ["module", "operation", "outcome", *["float weights"] * shows_bytes, "kernel or reason"]
     return [header, *in_order] if in_order else []
+
+
+def per_transfer(rows: Sequence[Transfer]) -> list[list[str]]:
+    """The rows of a table, its header first; what is told of several collectives at one place is one row."""
+    counts = Counter((row.place, row.direction, row.collective, row.sent_as or "plain", row.reason) for row in rows)
+    lines = [
+        [place + (f" x{count}" if count > 1 else ""), direction, collective, sent_as, reason]
+        for (place, direction, collective, sent_as, reason), count in counts.items()
+    ]
+    return [["place", "graph", "collective", "sent as", "bytes, or why not"], *lines] if lines else []
 
 
 def _keeps_weights(row: Row) -> bool:
@@ -169,14 +130,14 @@ def _how(row: Row, reasons: dict[tuple[str, str], int]) -> str:
     return f"[{number}]" if number else ""
 
 
-def reasons(report: Report) -> dict[tuple[str, str], int]:
+def reasons(report: ReportData) -> dict[tuple[str, str], int]:
     """(outcome, reason) -> number, for all that was not lowered, in order of appearance."""
     told = [(row.outcome, row.reason) for row in report.rows if row.reason and not row.fused]
     told = [reason for reason in told if reason[0] in ("float", "quantized", "unaccounted")]
     return {reason: number for number, reason in enumerate(dict.fromkeys(told), 1)}
 
 
-def explained(report: Report, reasons: dict[tuple[str, str], int]) -> list[str]:
+def explained(report: ReportData, reasons: dict[tuple[str, str], int]) -> list[str]:
     """Every reason once."""
     counts: Counter[tuple[str, str]] = Counter()
     for row in report.rows:
@@ -187,7 +148,7 @@ def explained(report: Report, reasons: dict[tuple[str, str], int]) -> list[str]:
     return ["reasons", *lines] if lines else []
 
 
-def remarks(report: Report) -> list[str]:
+def remarks(report: ReportData) -> list[str]:
     """What is said once about the whole."""
     dtypes: Counter[str] = Counter()
     for row in report.rows:
@@ -203,13 +164,3 @@ def remarks(report: Report) -> list[str]:
 
 def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} x{count}" for name, count in counts.items())
-
-
-def table(header: list[str], lines: list[list[str]]) -> list[str]:
-    """Columns aligned left, the header underlined; numbers and dashes are short enough not to need more."""
-    if not lines:
-        return []
-    widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
-    rule = ["-" * width for width in widths]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in [header, rule, *lines]]  # fmt: skip

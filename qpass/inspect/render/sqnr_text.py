@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from qpass.inspect.expression import ascii_only
 from qpass.inspect.render import page
-from qpass.inspect.render.report_text import table
-
-if TYPE_CHECKING:
-    from qpass.inspect.sqnr_nodes import NodeNoise, SqnrByNode
+from qpass.inspect.render.ascii import ascii_only
+from qpass.inspect.render.table import table
+from qpass.inspect.values.noise import NodeNoise, NoiseData
 
 HEADER = ("node", "module", "operator", "dB", "own")
 
 
-def text(found: SqnrByNode) -> str:
+def text(found: NoiseData) -> str:
     """The table in ASCII."""
     lines = [_cells(noise) for noise in found.worst()]
     lines = [[*line[:3], f"{line[3]:>6}", f"{line[4]:>6}"] for line in lines]
@@ -24,7 +21,7 @@ def text(found: SqnrByNode) -> str:
     return "\n".join(ascii_only(line) for line in [title, *table(header, lines), *_left_out(found)])
 
 
-def html(found: SqnrByNode) -> str:
+def html(found: NoiseData) -> str:
     """The table as HTML, all nodes behind a click."""
     worst = page.table(HEADER, map(_cells, found.worst()), numbers=(3, 4))
     everything = page.table(HEADER, map(_cells, found.nodes), numbers=(3, 4))
@@ -38,12 +35,12 @@ def figure(ratio: float) -> str:
     return "exact" if ratio == math.inf else f"{ratio:.1f}"
 
 
-def _title(found: SqnrByNode) -> str:
+def _title(found: NoiseData) -> str:
     exact = sum(noise.sqnr == math.inf for noise in found.nodes)
     return f"SQNR of {len(found)} nodes, {exact} of them exact; the worst {min(10, len(found))}"
 
 
-def _left_out(found: SqnrByNode) -> list[str]:
+def _left_out(found: NoiseData) -> list[str]:
     return [
         f"not compared: {count} operations in the region {region}, which runs as one; its result is"
         for region, count in found.regions.items()

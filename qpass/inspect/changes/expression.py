@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qpass.arithmetic.numerics import dtype_name
-from qpass.inspect.nodes import INPUT, Keyword, NodeView, Snapshot
-
-if TYPE_CHECKING:
-    from qpass.inspect.edits import Change
+from qpass.inspect.changes.change import Change
+from qpass.inspect.values.nodes import INPUT, Keyword, NodeView, Snapshot
 
 LETTERS = "xyzabcdefgh"
 LONGEST = 16
@@ -54,11 +52,6 @@ def short_name(view: NodeView) -> str:
         return "observe"
     words = (("dequantize", "dq"), ("choose_qparams", "choose_qparams"), ("quantize", "q"))
     return next((short for word, short in words if view.short.startswith(word)), view.short)
-
-
-def ascii_only(piece: str) -> str:
-    """``piece`` with control characters and what is not ASCII escaped, so that no name can move a cursor."""
-    return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in piece)
 
 
 def literal(value: Any) -> str:

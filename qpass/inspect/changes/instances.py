@@ -1,95 +1,14 @@
-"""What changed between two graphs, gathered into edits that read like laws: ``before -> after``, once a kind of place.
-
-A *change* is one node. An *instance* is the changes that belong together: one operation and the observers, q/dq and
-constants in front of it, an operation and what was fused into it. An *edit* is all instances that read the same.
-"""
+"""The changed nodes between two graphs, and which of them belong together."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, NamedTuple
 
-from qpass.inspect.expression import expressions
-from qpass.inspect.matching.pairs import readers
-from qpass.inspect.nodes import NodeView, Snapshot
-from qpass.inspect.render.report_text import NUMBER, path_patterns
-
-Kind = Literal["removed", "added", "rewired", "retargeted"]
-
-
-class Change(NamedTuple):
-    """One node that is not what it was. "rewired": it reads other nodes or has other literal arguments; "retargeted":
-    another operator computes its value."""
-
-    kind: Kind
-    before: NodeView | None
-    after: NodeView | None
-
-    @property
-    def node(self) -> NodeView:
-        """The node as it is now, or as it was last."""
-        found = self.after or self.before
-        assert found is not None
-        return found
-
-    @property
-    def made_by(self) -> str:
-        """The pass that made the node as it is now, ``""`` where it is the old one or nothing is recorded."""
-        if self.after is None or (self.before is not None and self.before.origins() == self.after.origins()):
-            return ""
-        return self.after.made_by
-
-
-@dataclass(frozen=True)
-class Instance:
-    """The changes at one place; ``center`` is the operation that they are about."""
-
-    center: Change
-    changes: tuple[Change, ...]
-    before: tuple[str, ...]
-    after: tuple[str, ...]
-
-    @property
-    def module(self) -> str:
-        """The path of the user's module where it happened, with the region that holds it."""
-        view = self.center.node
-        record = view.record if self.center.kind == "retargeted" else None
-        return (record.module if record else "") or view.module or view.region
-
-    @property
-    def signature(self) -> tuple[object, ...]:
-        """What equal edits have in common, wherever they happened."""
-        return self.before, self.after, tuple(sorted(change.kind for change in self.changes))
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Instances that read the same, at places whose paths differ in whole numbers only."""
-
-    pattern: str
-    instances: tuple[Instance, ...]
-
-    @cached_property
-    def text(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The expressions before and after, one for each result; ``x``, ``y`` ... are values from outside.
-
-        Equal ones, as the steps of a loop leave them, are one with a count: ``"select(dq(q(x)))  x60"``.
-        """
-        return counted(self.instances[0].before), counted(self.instances[0].after)
-
-    @property
-    def passes(self) -> tuple[str, ...]:
-        """The passes that made its new nodes, as far as recorded."""
-        made = (change.made_by for change in self.instances[0].changes)
-        return tuple(dict.fromkeys(filter(None, made)))
-
-
-def counted(lines: Sequence[str]) -> tuple[str, ...]:
-    """Each distinct line once, where it came first, with how often it is there."""
-    return tuple(f"{line}  x{count}" if count > 1 else line for line, count in Counter(lines).items())
+from qpass.inspect.changes.change import Change, Instance
+from qpass.inspect.changes.expression import expressions
+from qpass.inspect.matching.absorbed import absorbed
+from qpass.inspect.values.nodes import NodeView, Snapshot
 
 
 def changes(before: Snapshot, after: Snapshot, pairs: Mapping[int, int]) -> Iterator[Change]:
@@ -123,22 +42,6 @@ def instances(before: Snapshot, after: Snapshot, pairs: Mapping[int, int]) -> li
         return (view.index if instance.center.after else ahead[view.index], view.index)
 
     return sorted(result, key=position)
-
-
-def edits(found: Sequence[Instance]) -> Iterator[Edit]:
-    """Equal instances in one edit for each pattern of module paths, in order of appearance."""
-    groups: dict[object, list[Instance]] = defaultdict(list)
-    for instance in found:
-        groups[NUMBER.sub("#", instance.module), instance.signature].append(instance)
-    order = {id(instance): number for number, instance in enumerate(found)}
-    parts = []
-    for members in groups.values():
-        by_path: dict[str, list[Instance]] = defaultdict(list)
-        for instance in members:
-            by_path[instance.module].append(instance)
-        for pattern, paths in path_patterns(by_path):
-            parts.append(Edit(pattern, tuple(instance for path in paths for instance in by_path[path])))
-    yield from sorted(parts, key=lambda edit: order[id(edit.instances[0])])
 
 
 class _Groups:
@@ -196,25 +99,6 @@ class _Groups:
 
     def _join(self, one: int, other: int) -> None:
         self._parent[self._find(one)] = self._find(other)
-
-
-def absorbed(before: Snapshot, after: Snapshot, pairs: Mapping[int, int], gone: NodeView) -> int | None:
-    """The node of ``after`` that now computes the value of a removed operation and is another one's pair: what every
-    reader of the removed one reads instead, through observers and q/dq. A batch norm folded into a convolution is
-    absorbed by it."""
-    found = set()
-    if gone.op == "get_attr" or gone.is_transparent:
-        return None
-    for user, position in readers(before, gone.index):
-        reader = after.nodes[pairs[user]] if user in pairs else None
-        if reader is None or reader.operator != before.nodes[user].operator or position >= len(reader.inputs):
-            return None
-        found.add(after.sources[reader.inputs[position]])
-    if len(found) != 1:
-        return None
-    heir = found.pop()
-    reads = {pairs.get(before.sources[source]) for source in gone.inputs}
-    return heir if heir in reads else None
 
 
 def _center(members: Sequence[Change]) -> Change:

@@ -1,0 +1,1 @@
+"""What changed between two graphs: nodes, gathered into edits, and the diff that holds them."""
