@@ -59,7 +59,7 @@ def in_pieces(rank: int, world: int) -> None:
     def loss(x: Tensor, shard: Tensor) -> Tensor:
         return (funcol.all_gather_tensor_autograd(shard, 0, dist.group.WORLD) * x).sum()
 
-    comm.graph.pieces.CHUNK = 128  # so that small tensors, too, go in pieces
+    chunk, comm.wire.partition.CHUNK = comm.wire.partition.CHUNK, 128  # so that small tensors, too, go in pieces
     with Watch() as watch:
         compiled = torch.compile(loss, backend="qpass", options=fed(feedback), fullgraph=True)
         for step in range(3):
@@ -73,7 +73,7 @@ def in_pieces(rank: int, world: int) -> None:
             assert shard.grad is not None
             assert torch.equal(shard.grad.view(-1), sum(term[rank, :385] for term in terms))
             shard.grad = None
-    comm.graph.pieces.CHUNK = comm.eager.schedule.CHUNK
+    comm.wire.partition.CHUNK = chunk
     (kept,) = residuals(feedback).values()
     assert torch.equal(kept.view(world, 512), residual)
     kernel = "all_to_all of int4:32:bf16 with error feedback, summed, in 4 pieces"

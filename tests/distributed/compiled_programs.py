@@ -82,11 +82,11 @@ def in_pieces(rank: int, world: int) -> None:
         dist.reduce_scatter_tensor(scattered, x * 4)
         return summed, gathered + 1, scattered
 
-    comm.graph.pieces.CHUNK = 128  # so that small tensors, too, go in pieces
+    chunk, comm.wire.partition.CHUNK = comm.wire.partition.CHUNK, 128  # so that small tensors, too, go in pieces
     x = value(rank, 10, 77)
     with Watch() as watch:
         summed, gathered, scattered = torch.compile(function, backend="qpass", options=ALL)(x)
-    comm.graph.pieces.CHUNK = comm.eager.schedule.CHUNK
+    comm.wire.partition.CHUNK = chunk
     assert watch.after == [{}]  # 770 elements are 7 rows, each half of them 4
     assert [(record.kernel.rpartition(", ")[2], record.reason) for record in watch.decisions] == [
         ("in 4 pieces", "3,080 -> 910 bytes"), ("in 4 pieces", "3,080 -> 910 bytes"),

@@ -14,6 +14,7 @@ from torch import Tensor
 import ranks
 from qpass import comm
 from qpass.comm.eager import schedule
+from qpass.comm.wire import partition
 from qpass.comm.wire.codec import NAMES
 from qpass.errors import AgreementError
 
@@ -135,7 +136,7 @@ def declined_calls(rank: int, world: int) -> None:
 
 
 def in_pieces() -> None:
-    schedule.CHUNK = 512  # so that small tensors, too, are cut into pieces
+    partition.CHUNK = 512  # so that small tensors, too, are cut into pieces
 
 
 def few_all_reduces(rank: int, world: int) -> None:

@@ -20,12 +20,7 @@ from torch import Tensor
 
 from qpass.comm.wire.codec import Codec
 from qpass.comm.wire.operators import decode_into, decode_reduce_into, encode_into
-
-CHUNKS = 8
-"""Most pieces that a tensor is cut into: one transfer at a time leaves a link half idle, eight fill it."""
-
-CHUNK = 1 << 18
-"""Fewest elements of a piece, where there are several: below that the latency of a transfer outweighs the overlap."""
+from qpass.comm.wire.partition import cut, partition, pieces_of
 
 ONE_SHOT_BYTES = 1 << 15
 """Payloads up to this size go one-shot at any W: two transfers of latency cost more than the bytes."""
@@ -33,9 +28,7 @@ ONE_SHOT_BYTES = 1 << 15
 
 def chunks(numel: int, codec: Codec) -> list[range]:
     """The element ranges that `numel` elements are cut into, each but the last a whole number of rows."""
-    count = max(1, min(CHUNKS, numel // CHUNK))
-    step = codec.row * -(-numel // (count * codec.row)) if numel else 1
-    return [range(start, min(start + step, numel)) for start in range(0, numel, step)]
+    return [range(*ends) for ends in cut(numel, pieces_of(numel, codec), codec)] if numel else []
 
 
 def shots(numel: int | torch.SymInt, codec: Codec, world: int) -> str:
@@ -45,7 +38,7 @@ def shots(numel: int | torch.SymInt, codec: Codec, world: int) -> str:
 
 def two_shot_bytes(numel: int, codec: Codec, world: int) -> int:
     """Bytes of a two-shot all_reduce's payloads: all ranks sum equally many rows of a piece, some of them empty."""
-    return sum(world * -(-codec.rows(len(part)) // world) * codec.width for part in chunks(numel, codec))
+    return sum(partition(len(part), world, codec).payload_bytes for part in chunks(numel, codec))
 
 
 def all_reduce_one_shot(x: Tensor, codec: Codec, divisor: int, seed: int, group: dist.ProcessGroup) -> None:
@@ -59,23 +52,22 @@ def all_reduce_two_shot(x: Tensor, codec: Codec, divisor: int, seed: int, group:
     world, rank = group.size(), group.rank()
     scattered, gathered = [], []
     for part in chunks(x.numel(), codec):
-        rows = -(-codec.rows(len(part)) // world)  # of each rank's part; the last ranks may own less, or nothing
-        sent = _payload(x, world * rows * codec.width)
+        shares = partition(len(part), world, codec)
+        sent = _payload(x, shares.payload_bytes)
         used = codec.payload_bytes(len(part))
         sent[used:].zero_()  # never what lay in memory before
         encode_into(_cut(x, part), sent[:used], codec, _seed(seed, rank), part.start)
         received = torch.empty_like(sent)
-        scattered.append((part, rows, received, dist.all_to_all_single(received, sent, group=group, async_op=True)))
-    for part, rows, received, work in scattered:
+        scattered.append((part, shares, received, dist.all_to_all_single(received, sent, group=group, async_op=True)))
+    for part, shares, received, work in scattered:
         work.wait()
-        first = min(part.start + rank * rows * codec.row, part.stop)
-        owned = range(first, min(first + rows * codec.row, part.stop))
+        owned = shares.owned(rank, len(part))
         total = torch.empty(len(owned), dtype=torch.float32, device=x.device)
-        own = _payload(x, rows * codec.width)
+        own = _payload(x, shares.share_bytes)
         used = codec.payload_bytes(len(owned))
         decode_reduce_into(received.view(world, -1)[:, :used], total, codec, divisor)
         own[used:].zero_()
-        encode_into(total, own[:used], codec, _seed(seed, world + rank), owned.start)
+        encode_into(total, own[:used], codec, _seed(seed, world + rank), part.start + owned.start)
         everyone = received  # its payloads are summed up: the same bytes take the sums
         gathered.append((part, everyone, dist.all_gather_single(everyone, own, group, async_op=True)))
     for part, everyone, work in gathered:
@@ -94,8 +86,9 @@ def all_reduce_hierarchical(
 ) -> None:
     """Sum inside the fast groups, then across them, each rank its own part; then share the parts inside."""
     size = inside.size()
-    own = -(-x.numel() // size)
-    padded = torch.zeros(size * own, dtype=torch.float32, device=x.device)
+    shares = partition(x.numel(), size, inside_codec)
+    own = shares.share
+    padded = torch.zeros(shares.numel, dtype=torch.float32, device=x.device)
     padded[: x.numel()] = x
     total = torch.empty(own, dtype=torch.float32, device=x.device)
     reduce_scatter(total, padded, inside_codec, 1, seed, inside)
@@ -195,8 +188,8 @@ def _pieces(splits: Sequence[int], piece: int, pieces: int, codec: Codec) -> Ite
     """The element range of the given piece of every split: from a split's length alone, so both ends agree."""
     start = 0
     for length in splits:
-        step = codec.row * -(-length // (pieces * codec.row))
-        yield range(start + min(piece * step, length), start + min((piece + 1) * step, length))
+        part = partition(length, pieces, codec).owned(piece, length)
+        yield range(start + part.start, start + part.stop)
         start += length
 
 

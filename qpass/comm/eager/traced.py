@@ -18,6 +18,7 @@ from torch import Tensor
 from qpass.comm.eager.schedule import shots
 from qpass.comm.wire.codec import Codec
 from qpass.comm.wire.operators import FLOATS
+from qpass.comm.wire.partition import partition
 from qpass.torch_private import functional_collectives as funcol
 
 _ops = torch.ops.qpass
@@ -60,9 +61,9 @@ class Traced:
             payloads = _all_gather(_ops.encode(tensor, self.form), group).reshape(world, -1)
             divisor = world if average else 1
             return self._write(tensor, _ops.decode_reduce(payloads, numel, tensor.dtype, self.form, divisor))
-        own = self.how.row * -(-numel // (self.how.row * world))
-        padded = torch.nn.functional.pad(tensor.reshape(-1), (0, own * world - numel))
-        total = self._summed(padded.split(own), torch.float32, average, group)
+        shares = partition(numel, world, self.how)
+        padded = torch.nn.functional.pad(tensor.reshape(-1), (0, shares.numel - numel))
+        total = self._summed(padded.split(shares.share), torch.float32, average, group)
         return self._write(tensor, torch.cat(self._gathered(total, group))[:numel].to(tensor.dtype))
 
     def reduce_scatter(

@@ -12,16 +12,15 @@ some of the rows of every part, so codes, scales and values are those of the who
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qpass.comm.eager.schedule import CHUNK, CHUNKS
 from qpass.comm.wire.fed_rounding import encode_fed_into
 from qpass.comm.wire.feedback import Residual, residual_of
-from qpass.comm.wire.format import WireFormat, parse
+from qpass.comm.wire.format import parse
 from qpass.comm.wire.operators import decode_into, decode_reduce_into, encode_into
+from qpass.comm.wire.partition import cut
 
 _library = torch.library.Library("qpass", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -34,20 +33,6 @@ _library.define(
 )
 
 
-def pieces_of(numel: int | torch.SymInt, wire: WireFormat) -> int:
-    """How many pieces a part of ``numel`` elements is sent in: as many as the eager schedules make of it.
-
-    A symbolic size is compared as a number would be, which guards the graph.
-    """
-    pieces = 1
-    while pieces < CHUNKS and numel >= (pieces + 1) * CHUNK:
-        pieces += 1
-    step = _step(numel, pieces, wire)
-    while pieces > 1 and (pieces - 1) * step >= numel:  # so few rows that the last pieces are empty
-        pieces -= 1
-    return pieces
-
-
 def send_pieces(
     x: Tensor, form: str, parts: int, pieces: int, world: int, group: str, state: str = ""
 ) -> list[Tensor]:  # fmt: skip
@@ -57,15 +42,15 @@ def send_pieces(
     found = residual_of(state, x) if state else None
     residuals = [None] * parts if found is None else [Residual(one, found.unit) for one in found.values.view(parts, -1)]
     received = []
-    for start, stop in _elements(sources.shape[1], pieces, wire):
+    for start, stop in cut(sources.shape[1], pieces, wire):
         size = wire.payload_bytes(stop - start)
         payload = torch.empty(parts * size, dtype=torch.uint8, device=x.device)
         for source, residual, own in zip(sources, residuals, payload.view(parts, size), strict=True):
-            cut = slice(start, stop)
+            piece = slice(start, stop)
             if residual is None:
-                encode_into(source[cut], own, wire)
+                encode_into(source[piece], own, wire)
             else:
-                encode_fed_into(source[cut], Residual(residual.values[cut], residual.unit), own, wire)
+                encode_fed_into(source[piece], Residual(residual.values[piece], residual.unit), own, wire)
         if parts == 1:
             received.append(functional.all_gather_into_tensor(payload, world, group))
         else:
@@ -80,7 +65,7 @@ def receive_pieces(
     wire = parse(form)
     out = torch.empty(numel, dtype=dtype, device=received[0].device)
     targets = out.view(1 if divisor else world, -1)
-    for (start, stop), piece in zip(_elements(targets.shape[1], len(received), wire), received, strict=True):
+    for (start, stop), piece in zip(cut(targets.shape[1], len(received), wire), received, strict=True):
         payloads = torch.ops._c10d_functional.wait_tensor(piece).view(world, -1)
         if divisor:
             decode_reduce_into(payloads, out[start:stop], wire, divisor)
@@ -90,26 +75,12 @@ def receive_pieces(
     return out
 
 
-def _elements(numel: Any, pieces: int, wire: WireFormat) -> list[tuple[Any, Any]]:
-    """Where the pieces of a part start and stop, each but the last a whole number of rows; sizes may be symbolic.
-
-    ``pieces`` is what `pieces_of` gives for as many rows: then as many rows a piece follow from it.
-    """
-    starts = [number * _step(numel, pieces, wire) for number in range(pieces)]
-    return list(zip(starts, [*starts[1:], numel], strict=True))
-
-
-def _step(numel: Any, pieces: int, wire: WireFormat) -> Any:
-    """The elements of each piece but the last."""
-    return wire.row * -(-numel // (pieces * wire.row))
-
-
 @torch.library.register_fake("qpass::send_pieces", lib=_library)
 def _send_meta(
     x: Tensor, form: str, parts: int, pieces: int, world: int, group: str, state: str = ""
 ) -> list[Tensor]:  # fmt: skip
     wire = parse(form)
-    cuts = _elements(x.numel() // parts, pieces, wire)
+    cuts = cut(x.numel() // parts, pieces, wire)
     return [x.new_empty(world * wire.payload_bytes(stop - start), dtype=torch.uint8) for start, stop in cuts]
 
 

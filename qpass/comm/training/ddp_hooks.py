@@ -25,6 +25,7 @@ from qpass.comm.training.ledger import DECLINED_BY_LINK, SPARSE, WARM_UP, Declin
 from qpass.comm.training.owned_rows import OwnedRows
 from qpass.comm.training.python_bucket import PythonReducer
 from qpass.comm.wire.codec import Codec, codec
+from qpass.comm.wire.partition import whole_rows
 from qpass.errors import AgreementError, ConfigError
 
 Future = torch.futures.Future[torch.Tensor]
@@ -197,7 +198,7 @@ class DDPHook(HookState):
             return found
         for parameter in parameters:
             self._numbers.setdefault(id(parameter), len(self._numbers))
-        padded = [-(-size // row) * row for size in sizes]
+        padded = [whole_rows(size, row) for size in sizes]
         layout = Layout(sizes, padded, parameters)
         self._layouts = {index: kept for index, kept in self._layouts.items() if index < bucket.index()}
         self._layouts[bucket.index()] = layout  # keeps the parameters alive, and so their ids
@@ -270,7 +271,7 @@ def _hinting(process_group: dist.ProcessGroup | None, world: int) -> Iterator[No
 @lru_cache(maxsize=1 << 10)
 def _layout_of(sizes: tuple[int, ...], row: int) -> Layout:
     """Of parameters without residuals; one alone needs no padding, for nothing follows it."""
-    padded = [-(-size // row) * row for size in sizes]
+    padded = [whole_rows(size, row) for size in sizes]
     return Layout(list(sizes), padded if len(sizes) > 1 else list(sizes))
 
 

@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from torch import Tensor
 
 from qpass import torch_private
+from qpass.comm.wire.partition import whole_rows
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Padded:
     @cached_property
     def padded(self) -> tuple[int, ...]:
         """The elements of whole rows that each tensor takes; the last needs no padding, for nothing follows it."""
-        ends = [-(-size // self.row) * self.row for size in self.sizes[:-1]]
+        ends = [whole_rows(size, self.row) for size in self.sizes[:-1]]
         return (*ends, *self.sizes[-1:])
 
     @cached_property

@@ -13,12 +13,12 @@ import lockstep as send
 from lockstep import lockstep, text, traced, value
 from qpass.comm import Feedback, Policy
 from qpass.comm.eager import schedule
-from qpass.comm.graph import pieces
 from qpass.comm.graph.coded import CAST_FED, ENCODE, ENCODE_FED
 from qpass.comm.graph.compress import collectives, compress
 from qpass.comm.graph.passes.expand_codecs import ExpandCodecs
 from qpass.comm.graph.passes.insert_codecs import InsertCodecs
 from qpass.comm.policy.cost import FORMS
+from qpass.comm.wire import partition
 
 aten, c10d = torch.ops.aten, send.ops
 X = value(0, 4, 50)
@@ -160,7 +160,7 @@ def test_compiled_graphs_send_it_in_pieces_and_never_write_it_out(monkeypatch: p
     gm = compressed(send.all_reduce, X)
     assert ExpandCodecs().run(gm).changed == 1  # decode_reduce
     assert states(gm) == ["output_0"]
-    monkeypatch.setattr(pieces, "CHUNK", 128)
+    monkeypatch.setattr(partition, "CHUNK", 128)
     split = traced(send.all_reduce, value(0, 10, 77))
     compress(split, fed(fuse=True), backward=True, inductor=True)
     assert text(split)[0] == "send_pieces = send_pieces(x, int8:128:bf16, 1, 4, 2, 0, output_0)"

@@ -14,10 +14,10 @@ import lockstep as send
 from lockstep import lockstep, ops, traced, value
 from qpass.comm import Policy
 from qpass.comm.eager import schedule
-from qpass.comm.graph import pieces
 from qpass.comm.graph.compress import compress
 from qpass.comm.graph.passes import join_transfers
 from qpass.comm.policy.cost import FORMS
+from qpass.comm.wire import partition
 
 COLUMNS = 50
 ROWS = (8, 12, 116, 120, 256)
@@ -79,7 +79,7 @@ def are_equal(results: list[Any], others: list[Any]) -> bool:
 def test_the_same_transfers_in_the_same_order(
     function: Callable[..., object], form: str, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "CHUNK", 512)
+    monkeypatch.setattr(partition, "CHUNK", 512)
     monkeypatch.setattr(schedule, "ONE_SHOT_BYTES", 0)
     monkeypatch.setattr(join_transfers, "LARGEST", 1 << 10)
     runs = {rows: [(value(rank, rows, COLUMNS),) for rank in range(world)] for rows in ROWS}

@@ -11,12 +11,12 @@ import torch
 from torch import fx
 
 from qpass import torch_private
-from qpass.comm.eager.schedule import CHUNK
 from qpass.comm.graph.coded import ENCODE_FED, ENCODERS
 from qpass.comm.graph.collective import KINDS, WAIT, Collective, as_collective
 from qpass.comm.graph.joined import CUT, JOIN
 from qpass.comm.graph.pieces import SEND
 from qpass.comm.graph.transfer import result_shape
+from qpass.comm.wire.partition import CHUNK
 from qpass.ir.editor import Editor
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized

@@ -10,8 +10,9 @@ from torch import fx
 
 from qpass.comm.graph.coded import DECODE, DECODE_REDUCE, ENCODE_FED, ENCODERS
 from qpass.comm.graph.collective import Collective, as_collective
-from qpass.comm.graph.pieces import RECEIVE, SEND, pieces_of
+from qpass.comm.graph.pieces import RECEIVE, SEND
 from qpass.comm.wire.format import WireFormat, parse
+from qpass.comm.wire.partition import pieces_of
 from qpass.ir.editor import Editor, erase_dead
 from qpass.ir.frame import Pass, PassResult
 from qpass.ir.match import normalized

@@ -14,6 +14,7 @@ from torch import fx
 from qpass.comm.graph.coded import ENCODERS, reduced
 from qpass.comm.graph.collective import SUMS, c10d, ops
 from qpass.comm.graph.transfer import exchange, issued_by, payload_of, result_shape, send, wait_for, world_of
+from qpass.comm.wire.partition import Partition
 from qpass.ir.constants import Constants
 from qpass.ir.editor import Editor
 from qpass.ir.expression import Expr
@@ -79,15 +80,15 @@ class AllReduceTwoShot(Rule):
         wire, group = coded.wire, collective.group
         sent = coded.payload
         (size,) = sizes(edit, sent, like=wait, before=collective.node)
-        rows = (size // wire.width + (world - 1)) // world  # of each rank's part; the last may own less, or nothing
-        padding = world * rows * wire.width - size
+        shares = Partition(size // wire.width, world, wire)
+        padding = shares.payload_bytes - size
         if padding != 0:
             pad = [0, argument(padding)]
             sent = edit.call(aten.constant_pad_nd.default, sent, pad, like=wait, before=collective.node)
         issue = exchange(edit, collective, sent, f"all_to_all of {coded.form}, summed, all_gather", world)
         place = {"like": wait, "before": m.root}
         parts = wait_for(edit, issue, like=wait, before=wait)
-        own = (rows * wire.row,)
+        own = (shares.share,)
         total = reduced(edit, parts, wire, world, own, torch.float32, m.op == "avg", **place)
         encode: Any = m.root.target
         payload = edit.call(encode, total, *m.root.args[1:], **place)

@@ -19,6 +19,7 @@ from qpass.comm.graph.compress import collectives, compress
 from qpass.comm.graph.passes.resolve_sizes import ResolveSizes
 from qpass.comm.graph.passes.split_transfers import SplitTransfers
 from qpass.comm.policy.cost import FORMS
+from qpass.comm.wire import partition
 from qpass.inspect.snapshot import snapshot
 
 aten = torch.ops.aten
@@ -26,7 +27,7 @@ aten = torch.ops.aten
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "CHUNK", 128)
+    monkeypatch.setattr(partition, "CHUNK", 128)
 
 
 def compressed(function: Callable[..., Any], codec: str = "int8", **options: Any) -> fx.GraphModule:
@@ -82,7 +83,7 @@ def test_what_is_not_summed_or_gathered_is_left_whole(function: Callable[[Tensor
 
 
 def test_one_piece_is_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "CHUNK", 386)  # 770 elements are not two
+    monkeypatch.setattr(partition, "CHUNK", 386)  # 770 elements are not two
     assert SplitTransfers().run(compressed(send.all_reduce)).changed == 0
 
 
