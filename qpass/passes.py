@@ -7,7 +7,7 @@
 """
 
 from qpass.ir.editor import Editor
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.pipeline import PassRun, Pipeline
 from qpass.ir.plain_form import normalization_pipeline
 from qpass.quantize.pipelines import convert_pipeline, lower_pipeline, prepare_pipeline

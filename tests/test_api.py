@@ -62,7 +62,7 @@ def operators(gm: fx.GraphModule) -> list[str]:
     return [target_name(node) for node in gm.graph.nodes if node.op == "call_function"]
 
 
-# The road
+# The stages
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import qpass
+from pipeline_run import STATIC, same
 from qpass.errors import InputError
 from qpass.inspect.saved import FORMAT, open_program
 from qpass.ir.record import NodeRecord
-from road import STATIC, same
 
 X = torch.randn(4, 8)
 

@@ -13,9 +13,9 @@ from torch import fx
 
 from qpass import torch_private
 from qpass.arithmetic.decompositions import table
-from qpass.backend.compiled import is_first, modules_of, program_compiled_now, remember
+from qpass.backend.compilations import is_first, modules_of, program_compiled_now, remember
+from qpass.backend.compiled_collectives import CompiledCollectives, parameters_of
 from qpass.backend.inductor import compile_lowered, compile_plain
-from qpass.backend.session import Communication, parameters_of
 from qpass.capture.dynamo import from_dynamo, real_arguments
 from qpass.comm.policy.policy import Policy, policy
 from qpass.comm.wire.codec import Codec
@@ -150,9 +150,9 @@ class Backend:
         if is_first(why):
             warnings.warn(f"qpass left a compiled graph in float: {why}", QpassWarning, stacklevel=3)
 
-    def _communication(self, gm: fx.GraphModule, comm: Policy, training: bool) -> Communication:
+    def _communication(self, gm: fx.GraphModule, comm: Policy, training: bool) -> CompiledCollectives:
         backward = torch_private.compiled_autograd.in_compiled_autograd_region
-        return Communication(gm, comm, self.strict, backward, training)
+        return CompiledCollectives(gm, comm, self.strict, backward, training)
 
     def _quantized(self, graph: fx.GraphModule) -> fx.GraphModule:
         if _has_qdq(graph):

@@ -1,4 +1,4 @@
-"""What each constant of a lowered graph follows from, read off the graph once, by name."""
+"""How each constant of a lowered graph is computed from other constants, read from the graph once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qpass.ir.origins import derived_constants, origins
 from qpass.ir.regions import regions
 
 Key = tuple[str, int]
-"""A constant: ("argument", position), ("tensor", number) for one that no call brings, or ("derived", step)."""
+"""A constant: ("argument", position) of a call, ("tensor", number) of one that stays the same, or ("derived", step)."""
 
 
 @dataclass(frozen=True)

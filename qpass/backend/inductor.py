@@ -1,7 +1,8 @@
 """A lowered graph, compiled by Inductor and kept in step with its weights.
 
-Packed weights become constants of the compiled code (:mod:`qpass.backend.opaque`). All other tensors become arguments,
-since Inductor may print the value of a small constant into its code, where no later change of a weight could reach it.
+Packed weights become constants of the compiled code (:mod:`qpass.backend.hidden_kernels`). All other tensors become
+arguments, because Inductor may print the value of a small constant into its code. No later change of a weight could
+reach it there.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor, fx
 
 from qpass import torch_private
 from qpass.backend.derivation import Derivation, Key
+from qpass.backend.hidden_kernels import hide
 from qpass.backend.live_constants import LiveConstants, pick
-from qpass.backend.opaque import hide
 from qpass.capture.dynamo import DynamoCapture
-from qpass.capture.misdescribed import spell_out
+from qpass.capture.fake_dtypes import decompose_calls
 from qpass.ir.attributes import get_constant
 from qpass.ir.fake import fake_mode_of
 from qpass.ir.module import copy_graph_module
@@ -58,7 +59,7 @@ def compile_lowered(
 
     lifted = copy_graph_module(gm)
     derivation = Derivation(lifted)
-    spell_out(lifted)
+    decompose_calls(lifted)
     packed = hide(lifted)
     keys = _lift(lifted, derivation)
     lifted = copy_graph_module(lifted)  # leaves the constants behind

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qpass.backend.derivation import Derivation, Key
-from qpass.backend.weight_watch import WeightWatch
+from qpass.backend.weight_state import WeightState
 from qpass.torch_private import FakeTensor
 
 MOST_SETS = 1024
@@ -31,7 +31,7 @@ MOST_SETS = 1024
 class _Weights:
     """One set of weights and what follows from them: a packed payload or a plain tensor per step that is read."""
 
-    watch: WeightWatch
+    watch: WeightState
     values: dict[int, Tensor]
     held: tuple[Tensor, ...] = ()
 
@@ -57,7 +57,7 @@ class LiveConstants:
         leaves = self._pick(arguments) + self._rest
         values = {n: step.constant.detach() for n, step in enumerate(self._steps) if step.constant is not None}
         values = {n: _apart(value, leaves) for n, value in values.items()}
-        self._current = _Weights(WeightWatch(leaves), values)
+        self._current = _Weights(WeightState(leaves), values)
         self._known = {} if self._gathered else {self._current.watch.addresses: self._current}
         self._idle = threading.Condition(threading.Lock())
         self._running = 0
@@ -90,7 +90,7 @@ class LiveConstants:
     def _change_over(self, leaves: tuple[Tensor, ...]) -> None:
         if any(isinstance(leaf, FakeTensor) for leaf in leaves):
             return  # a compiler asks for the form of the results; no value is read
-        watch = WeightWatch(leaves)  # before anything is computed: what changes meanwhile is noticed by the next call
+        watch = WeightState(leaves)  # before anything is computed: what changes meanwhile is noticed by the next call
         if self._gathered:
             weights = self._derive(set(self._leaves), leaves, _Weights(watch, {}))
         else:
@@ -101,7 +101,7 @@ class LiveConstants:
             if constant is not None and constant.layout != torch.strided:
                 constant.data = value
 
-    def _set_of(self, watch: WeightWatch, leaves: tuple[Tensor, ...]) -> _Weights:
+    def _set_of(self, watch: WeightState, leaves: tuple[Tensor, ...]) -> _Weights:
         """The set with these leaves: a known one, or one that takes from the most alike what is the same there."""
         weights = self._known.get(watch.addresses)
         if weights is None:

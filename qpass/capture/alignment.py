@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpass.capture.same import attribute_difference, match_arguments, steps
+from qpass.capture.graph_comparison import attribute_difference, match_arguments, steps
 from qpass.ir.source import module_path
 
 

@@ -1,4 +1,4 @@
-"""Choices that a model's Python code makes in training, such as which layers to skip: no graph holds them."""
+"""Choices that a model's Python code makes in training, such as which layers to skip. A graph cannot hold them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HINT = (
 
 @contextmanager
 def choices_refused(model: str) -> Iterator[None]:
-    """Refuse a trace, run meanwhile, that draws from the generators of Python or numpy; they are put back.
+    """Refuse a trace inside this context that draws from the generators of Python or numpy. Their states are restored.
 
     Raises:
         CaptureError: it drew: the graph would hold that one draw for good.

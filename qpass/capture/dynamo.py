@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qpass import torch_private
-from qpass.capture.misdescribed import correct_vals
+from qpass.capture.fake_dtypes import correct_vals
 from qpass.ir.alias import arguments, written_inputs
 from qpass.ir.attributes import free_name, get_constant, set_constant
 from qpass.ir.origins import origins

@@ -1,4 +1,4 @@
-"""Why a model cannot be captured, in words that name the user's line and say what to do."""
+"""Errors of capture: each names the user's line and says what to do."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.export import ExportedProgram
 from qpass import torch_private
 from qpass.errors import CaptureError, InputError
 from qpass.ir.alias import all_arguments
-from qpass.ir.modes import BY_MODE
 from qpass.ir.normalize import draws_random_numbers
 from qpass.ir.record import GRAPH_KEY, GraphRecord
 from qpass.ir.regions import regions
 from qpass.ir.source import is_user_file, where
 from qpass.ir.text import target_name
+from qpass.ir.training_modules import BY_MODE
 
 _QPASS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
@@ -80,7 +80,7 @@ def explain(error: Exception, model: nn.Module) -> CaptureError:
 
 
 def refuse_kind(model: Any) -> None:
-    """Raise InputError for what is given to ``prepare`` in the place of a model."""
+    """Raise InputError where ``prepare`` was given something other than a model that it takes."""
     kind = type(model).__name__
     if isinstance(model, type):
         raise InputError(f"the model is the class {model.__name__}", hint=f"pass an instance: {model.__name__}(...)")
@@ -100,7 +100,7 @@ def refuse_kind(model: Any) -> None:
 
 
 def refuse_autocast() -> None:
-    """Raise CaptureError under ``torch.autocast``, whose casts the graph would hold for good."""
+    """Raise CaptureError under ``torch.autocast``: the graph would keep its casts for ever."""
     if torch.is_autocast_enabled("cpu"):
         raise CaptureError(
             f"torch.autocast is on, so the model would be captured with its casts to {torch.get_autocast_dtype('cpu')}",
@@ -110,7 +110,7 @@ def refuse_autocast() -> None:
 
 
 def refuse_model(model: nn.Module | ExportedProgram) -> None:
-    """Raise InputError for what is no float model, and CaptureError when a parameter or buffer holds no data."""
+    """Raise InputError for anything but a float model, and CaptureError where a parameter or buffer holds no data."""
     tensors: list[tuple[str, Any]]
     if isinstance(model, ExportedProgram):
         tensors = [*model.state_dict.items(), *model.constants.items()]

@@ -21,9 +21,9 @@ from torch.export import Dim, ExportedProgram, ShapesCollection, export
 
 from qpass import torch_private
 from qpass.capture.errors import explain, refuse_autocast, refuse_graph, refuse_model
+from qpass.capture.graph_comparison import same_operators
 from qpass.capture.inputs import example_of, fresh_tensors, is_unpacked, resize_batch, tensors_of
-from qpass.capture.same import same_operators
-from qpass.capture.written import undone
+from qpass.capture.undone_writes import writes_undone
 from qpass.errors import CaptureError, InputError
 from qpass.ir.attributes import owner_of
 from qpass.ir.guard import guard_inputs, symbol_of
@@ -225,7 +225,7 @@ def export_model(
 ) -> ExportedProgram:
     """``torch.export.export``, with or without gradients, without traces in the model, with errors that name a line."""
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients), _quiet(), undone():
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients), _quiet(), writes_undone():
             return export(model, args, keywords, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise explain(error, model) from error

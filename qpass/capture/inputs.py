@@ -1,4 +1,4 @@
-"""Example inputs as a trace wants them: positional and keyword, of tensor objects of our own, at another batch size."""
+"""Example inputs in the form that a trace takes: positional and keyword, as new tensor objects, at any batch size."""
 
 from __future__ import annotations
 

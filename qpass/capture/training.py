@@ -21,18 +21,18 @@ from qpass.capture.branches import insert_branches
 from qpass.capture.choices import choices_refused, decided_by_value, warn_of_regions
 from qpass.capture.errors import refuse_model
 from qpass.capture.export import TRACING, batch_shapes, capture, export_model
+from qpass.capture.graph_comparison import pair_operators
 from qpass.capture.inputs import example_of, fresh_tensors, resize_batch, tensors_of
-from qpass.capture.same import pair_operators
 from qpass.errors import CaptureError, InputError
 from qpass.ir.alias import aliased_inputs
 from qpass.ir.guard import symbol_of
 from qpass.ir.match import normalized, set_arguments
-from qpass.ir.modes import BY_MODE, DROPOUT, FLAGGED, ByMode, Mode
 from qpass.ir.normalize import draws_random_numbers, functionalize_inplace
 from qpass.ir.region_edits import inline_set_grad
 from qpass.ir.regions import regions
 from qpass.ir.source import module_path, where
 from qpass.ir.text import target_name
+from qpass.ir.training_modules import BY_MODE, DROPOUT, FLAGGED, TrainingChange, TrainingModule
 from qpass.torch_private import BatchNorm as _BatchNorm
 
 aten = torch.ops.aten
@@ -59,7 +59,7 @@ def capture_training(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
 ) -> fx.GraphModule:
-    """The graph of ``capture(model.eval())`` with ``meta[BY_MODE]``, a `Mode`, on what training changes.
+    """The graph of ``capture(model.eval())`` with ``meta[BY_MODE]``, a `TrainingChange`, on what training changes.
 
     The model's modes are switched for the traces and put back; its weights and statistics stay as they are.
 
@@ -220,7 +220,7 @@ def mark_modes(
         twins, drawing = insert_branches(gm, trains, drawn, finish)
         for call, draw in drawing.items():
             path = module_path(draw)
-            call.meta[BY_MODE] = Mode(training.get(path, model.training), alone=is_alone(modules.get(path)))
+            call.meta[BY_MODE] = TrainingChange(training.get(path, model.training), alone=is_alone(modules.get(path)))
     for node, flag in ours.items():
         set_flag(node, flag)
         path = module_path(node)
@@ -234,20 +234,20 @@ def mark_modes(
             tracked = f"{holder}.num_batches_tracked".removeprefix(".")
             count = owner.num_batches_tracked
             tracked = "" if count is None else tracked
-            node.meta[BY_MODE] = Mode(
+            node.meta[BY_MODE] = TrainingChange(
                 trains_now, momentum=owner.momentum, tracked=tracked, count=count, held=path in held, kind=type(owner)
             )
         elif other == flag:
             continue
         elif node.target in FLAGGED:
-            node.meta[BY_MODE] = Mode(trains_now)
+            node.meta[BY_MODE] = TrainingChange(trains_now)
         elif name == "training":
-            node.meta[BY_MODE] = Mode(trains_now, momentum=normalized(twins[node])["momentum"])
+            node.meta[BY_MODE] = TrainingChange(trains_now, momentum=normalized(twins[node])["momentum"])
         elif name == "dropout_p":
-            node.meta[BY_MODE] = Mode(trains_now, p=other)
+            node.meta[BY_MODE] = TrainingChange(trains_now, p=other)
             set_flag(node, other)
         else:
-            node.meta[BY_MODE] = Mode(trains_now, p=normalized(node)["p"], alone=is_alone(owner))
+            node.meta[BY_MODE] = TrainingChange(trains_now, p=normalized(node)["p"], alone=is_alone(owner))
             set_flag(node, True)
 
 
@@ -282,8 +282,8 @@ def set_flag(node: fx.Node, value: Any) -> None:
 
 
 def in_modes_of(model: nn.Module, gm: fx.GraphModule) -> fx.GraphModule:
-    """``gm`` in training mode if ``model`` is, its `ByMode` modules in the modes that they were captured with."""
-    kept = {module: module.training for module in gm.modules() if isinstance(module, ByMode)}
+    """``gm`` in training mode if ``model`` is, its training modules in the modes that they were captured with."""
+    kept = {module: module.training for module in gm.modules() if isinstance(module, TrainingModule)}
     gm.train(model.training)
     for module, training in kept.items():
         module.training = training

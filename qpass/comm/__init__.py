@@ -7,8 +7,8 @@ from qpass.comm.eager.auto_quantize import DQuantType, auto_quantize
 from qpass.comm.eager.calibrate import calibrate_link
 from qpass.comm.eager.collectives import all_gather, all_reduce, all_to_all, broadcast, reduce_scatter
 from qpass.comm.eager.work import Work
+from qpass.comm.policy.collective_override import Override
 from qpass.comm.policy.cost import Decision, Link, decide
-from qpass.comm.policy.override import Override
 from qpass.comm.policy.policy import Policy
 from qpass.comm.training.ddp_hooks import ddp_hook
 from qpass.comm.training.fsdp import compress_fsdp

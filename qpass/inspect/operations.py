@@ -28,7 +28,7 @@ NOT_TRIED = "no pattern of the catalogue recognised its q/dq form, so no kernel 
 
 
 def operations(region: fx.GraphModule, stage: Stage, passes: Collection[str] = ()) -> Iterator[Row]:
-    """The rows of one region. What passes inserted, and what only computes a constant, is no operation of the model.
+    """The rows of one region. What passes inserted, and what only computes a constant, does not count.
 
     ``passes`` are the names of those that ran on the graph, beside qpass's own.
     """

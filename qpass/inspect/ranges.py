@@ -14,9 +14,9 @@ from qpass.inspect.render.plot import plot_ranges
 from qpass.inspect.render.ranges_table import html, text
 from qpass.inspect.values.observed_range import ObservedRange
 from qpass.ir.constants import Constants
-from qpass.ir.modes import FoldedWeight
 from qpass.ir.regions import regions
 from qpass.ir.source import module_path
+from qpass.ir.training_modules import FoldedWeight
 from qpass.quantize.passes.insert_observers import observers
 from qpass.spec.fake_quantize import FakeQuantizeBase
 
@@ -42,7 +42,7 @@ def ranges(prepared: torch.nn.Module) -> Ranges:
     """What the observers of ``prepared`` saw so far; those that saw nothing, and dynamic ones, are left out.
 
     Raises:
-        InputError: the model is no prepared graph.
+        InputError: the model is not a prepared graph.
     """
     graph = prepared.captured if isinstance(prepared, FirstBatch) else prepared
     if not isinstance(graph, fx.GraphModule):

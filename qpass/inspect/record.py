@@ -23,7 +23,7 @@ from qpass.inspect.diff import GraphDiff, diff
 from qpass.inspect.render.record_text import html, text
 from qpass.inspect.snapshot import snapshot
 from qpass.inspect.values.nodes import Snapshot
-from qpass.ir.pipeline import WATCHERS, PassRun, remarks
+from qpass.ir.pipeline import RECORDERS, PassRun, remarks
 from qpass.ir.record import Stage
 from qpass.torch_private import trace_log, trace_structured
 
@@ -64,7 +64,7 @@ class Recording:
         return {"text/plain": str(self), "text/html": html(self.passes)}
 
     def run(self, step: Callable[..., Any], gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        """Call somebody else's pass, ``step(gm, *args, **kwargs)``, and record it; returns what it returns.
+        """Call a pass from outside qpass, ``step(gm, *args, **kwargs)``, and record it. Returns what it returns.
 
         The pass may edit ``gm``, or return a graph module, or something with a ``graph_module`` (as the passes of
         ``torch.fx`` do). Passes of qpass that it calls are recorded by themselves, before it.
@@ -104,7 +104,7 @@ def record() -> Iterator[Recording]:
         _ACTIVE.reset(token)
 
 
-class _Watcher:
+class _DiffRecorder:
     """Takes a snapshot where a pipeline starts and a diff after each pass, for recordings, log and trace."""
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class _Watcher:
     def is_recording(self) -> bool:
         return bool(_ACTIVE.get())
 
-    def is_watching(self) -> bool:
+    def is_active(self) -> bool:
         return self.is_recording() or log.isEnabledFor(logging.DEBUG) or _is_traced()
 
     def start(self, gm: fx.GraphModule, stage: Stage) -> None:
@@ -156,4 +156,4 @@ def _name(step: Any) -> str:
     return getattr(step, "__qualname__", type(step).__name__)
 
 
-WATCHERS.append(_Watcher())
+RECORDERS.append(_DiffRecorder())

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from qpass import torch_private
-from qpass.backend.compiled import Compiled, compilations, program_of
-from qpass.backend.session import Communication, conclusions
+from qpass.backend.compilations import Compilation, compilations, program_of
+from qpass.backend.compiled_collectives import CompiledCollectives, conclusions
 from qpass.capture.export import CAPTURE_KEY, FirstBatch
 from qpass.errors import InputError, StrictError
 from qpass.inspect.operations import operations
@@ -82,7 +82,7 @@ def report(
 
 
 def report_graphs(
-    graphs: Sequence[fx.GraphModule], communications: Sequence[Communication] = (), strict: bool = False,
+    graphs: Sequence[fx.GraphModule], communications: Sequence[CompiledCollectives] = (), strict: bool = False,
     sizes: _Sizes | None = None,
 ) -> Report:  # fmt: skip
     """One report on all of ``graphs``, and on what compilations decided; raises as :func:`report` does.
@@ -156,7 +156,7 @@ def _missed(row: Row | Transfer) -> str:
     return f"{row.module or row.node} ({row.op}): {row.reason}"
 
 
-def _compiled(gm: Any) -> tuple[list[fx.GraphModule], list[Communication], _Sizes | None]:
+def _compiled(gm: Any) -> tuple[list[fx.GraphModule], list[CompiledCollectives], _Sizes | None]:
     if isinstance(gm, FirstBatch):
         return [gm.captured], [], None
     program = program_of(gm)
@@ -171,7 +171,7 @@ def _compiled(gm: Any) -> tuple[list[fx.GraphModule], list[Communication], _Size
     return graphs, [one.communication for one in found if one.communication is not None], _sizes(program, found)
 
 
-def _sizes(program: Any, found: Iterable[Compiled]) -> _Sizes:
+def _sizes(program: Any, found: Iterable[Compilation]) -> _Sizes:
     """Sizes of the float model behind compiled graphs: a converted one's record says them, else the graphs do.
 
     Graphs of one set of weights, as for other sizes of the inputs, count once.

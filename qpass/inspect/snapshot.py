@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from qpass import torch_private
-from qpass.backend.compiled import compiled_graphs, program_of
+from qpass.backend.compilations import compiled_graphs, program_of
 from qpass.capture.export import FirstBatch
 from qpass.errors import InputError
 from qpass.inspect.saved import kept_maker, kept_record, kept_stage, open_program

@@ -54,9 +54,9 @@ def sqnr_by_node(a: Any, b: Any, batches: list[Any]) -> SqnrByNode:
     """The SQNR of every operation of ``b`` that has a pair in the reference ``a``, over all ``batches``.
 
     Sums run in float64. A place where both values are equal, infinite ones included, has no noise; a value that is not
-    finite where the other is has infinite noise. Left out are values that are no floats in both (codes), and, with a
-    note, the insides of regions. ``a`` and ``b`` are graphs, exported programs, or modules, captured on the first
-    batch.
+    finite where the other is has infinite noise. Left out are values that are not floats in both graphs
+    (codes), and, with a note, the insides of regions. ``a`` and ``b`` are graphs, exported programs, or modules,
+    captured on the first batch.
     """
     left, right = _graph(a, batches[0]), _graph(b, batches[0])
     before, after = snapshot(left), snapshot(right)

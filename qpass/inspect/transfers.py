@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qpass.comm.graph.decisions import GraphDecisions
+from qpass.comm.graph.collective_records import CollectiveRecords
 from qpass.inspect.values.report_data import Transfer
 
 
-def transfers(graphs: Iterable[GraphDecisions]) -> list[Transfer]:
+def transfers(graphs: Iterable[CollectiveRecords]) -> list[Transfer]:
     """The rows of compiled graphs, in their order."""
     return [
         Transfer(

@@ -1,4 +1,4 @@
-"""Models that run for a measurement, and are as before behind it: their buffers, caches and counters."""
+"""Models that run for a measurement and are restored after it: their buffers, caches and counters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpass.backend.compiled import modules_of
+from qpass.backend.compilations import modules_of
 from qpass.torch_private import tree_leaves, tree_map_only
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
@@ -17,7 +17,7 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 @contextmanager
 def unchanged(*programs: Any) -> Iterator[None]:
-    """Behind it, buffers and tensors that are plain attributes hold what they held, and are the tensors they were.
+    """Afterwards, buffers and tensors that are plain attributes are the same tensors with the same values as before.
 
     Args:
         programs: models, compiled ones too, and functions that close over models.

@@ -1,6 +1,6 @@
-"""Which nodes of a graph may share memory: what a pass must know before it drops a copy or an in-place write.
+"""Which nodes of a graph may share memory. A pass asks before it drops a copy or an in-place write.
 
-Three sources are joined, each of which alone would miss cases: the alias annotations of operator schemas, the storages
+Three sources are joined, because each alone would miss cases: the alias annotations of operator schemas, the storages
 of the fake values in ``meta["val"]``, and a list of operators that may return an input without saying so.
 """
 

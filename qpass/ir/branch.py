@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qpass.ir.modes import ByMode
+from qpass.ir.training_modules import TrainingModule
 
 
-class Branch(ByMode):
+class Branch(TrainingModule):
     """``body(x, *others)`` in training, x itself in evaluation: what a model draws at random in training only.
 
     Args:

@@ -19,7 +19,7 @@ from qpass.ir.attributes import get_constant
 
 
 class Constants:
-    """Answers whether a node is constant, and evaluates those that are; answers are remembered for one pass."""
+    """Whether nodes are constant, and the values of those that are. Answers are remembered for one pass."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm

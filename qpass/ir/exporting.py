@@ -1,4 +1,4 @@
-"""What is to be known before a graph is exported: by torch.export, and by torch.onnx.export, which calls it."""
+"""Warnings for a graph that is exported, by torch.export or by torch.onnx.export, which calls it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ QUIET: ContextVar[bool] = ContextVar("qpass_export_is_our_own", default=False)
 
 
 class ExportWarning(UserWarning):
-    """An exported graph computes otherwise than the graph compiled by qpass, or not everywhere."""
+    """What differs between an exported graph and the graph that qpass compiles."""
 
 
 def asked_for_tensors(gm: fx.GraphModule) -> None:
-    """Speak where torch.export asks ``gm`` itself for its tensors: it does so first, and then interprets the graph
+    """Warn where torch.export asks ``gm`` itself for its tensors: it does so first, and then interprets the graph
     without a call. Its flag is not up yet, so the module of the caller tells.
 
     Raises:
@@ -41,7 +41,7 @@ def asked_for_tensors(gm: fx.GraphModule) -> None:
 
 
 def warn_of_export(gm: fx.GraphModule) -> None:
-    """Warn, once for each graph and format, or once for each export of a model around it, of what the result is not."""
+    """Warn about what the exported graph lacks: once for each graph and format, or each export of a model around it."""
     record = graph_record(gm)
     kind = "onnx" if torch.onnx.is_in_onnx_export() else "export"
     warned: set[str] = gm.meta.setdefault(WARNED_KEY, set())

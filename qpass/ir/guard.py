@@ -1,8 +1,8 @@
-"""Assertions that an input is one the graph holds for.
+"""Assertions that the inputs of a call are inputs that the graph holds for.
 
-A trace bakes in whatever was static: sizes, dtypes, Python values. A graph that is given something else may compute a
-wrong result without a word, so the assumptions stand at its head as ATen assertions, and stay there through every
-copy, compilation and export.
+A trace fixes whatever was static: sizes, dtypes, Python values. Given other inputs, the graph may compute a wrong
+result silently. So the assumptions stand at its start as ATen assertions. They stay there through every copy,
+compilation and export.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def guard_inputs(gm: fx.GraphModule, ranges: Mapping[Any, Any], excluded: Collec
     Args:
         gm: a graph whose placeholders have their values in ``meta["val"]``.
         ranges: the bounds of each symbol, as ``ExportedProgram.range_constraints`` has them. A lower bound of at most
-            2 is no bound: torch writes it for every dynamic size.
+            2 is ignored: torch writes it for every dynamic size.
         excluded: ``(symbol, size)`` pairs that the graph does not hold for.
 
     Returns the number of assertions. Inputs that nothing reads are not checked; Python values always are.

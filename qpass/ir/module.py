@@ -15,16 +15,17 @@ from qpass import torch_private
 from qpass.errors import InputError, QpassError
 from qpass.ir.attributes import get_constant, is_persistent, owner_of, replace_submodule
 from qpass.ir.exporting import asked_for_tensors, warn_of_export
-from qpass.ir.misfit import misfit
-from qpass.ir.modes import ByMode
+from qpass.ir.input_mismatch import input_mismatch
 from qpass.ir.straight_through import StraightThrough, wants_gradients
+from qpass.ir.training_modules import TrainingModule
 
 
 class GraphModule(fx.GraphModule):
-    """torch.fx keeps the text of every ``forward`` it ever generated, for tracebacks; here until the module is gone.
+    """The graph module of qpass. It takes the text of its code with it when it is freed.
 
-    Some kilobytes each, several for each model that is prepared and converted: a process that quantizes models all
-    day would grow by them for ever. It is not pickled: torch.fx would trace the graph again, without its ``meta``.
+    torch.fx keeps the text of every ``forward`` that it generated, for tracebacks. Each takes some kilobytes, and a
+    process that quantizes many models would grow without end. The module cannot be pickled: torch.fx would trace the
+    graph again, without its ``meta``.
     """
 
     def __init__(self, root: Any, graph: fx.Graph, class_name: str = "GraphModule") -> None:
@@ -39,14 +40,14 @@ class GraphModule(fx.GraphModule):
         """As ``nn.Module.train``; what the model's own ``train()`` leaves in evaluation mode stays there."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, ByMode) and module.held:
+            if isinstance(module, TrainingModule) and module.held:
                 module.eval()
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``forward``; InputError where it fails on inputs that the graph does not hold for.
 
-        Of a quantized graph gradients pass straight through rounding; a lowered one has none, and refuses.
+        Gradients pass straight through the rounding of a quantized graph. A lowered graph has none, and raises.
         """
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             warn_of_export(self)
@@ -57,13 +58,13 @@ class GraphModule(fx.GraphModule):
         except QpassError:
             raise
         except Exception as error:
-            found = misfit(self, args, kwargs, error)
+            found = input_mismatch(self, args, kwargs, error)
             if found is None:
                 raise
             raise found from error
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        """As every module's; torch.export, which asks for them first, is told what to know of the graph."""
+        """As of every module. torch.export asks for them first, and is warned about the graph."""
         asked_for_tensors(self)
         return super().named_buffers(*args, **kwargs)
 
@@ -105,7 +106,7 @@ torch_private.skip_code(GraphModule.__call__.__code__)  # Dynamo's frame is that
 
 
 class Draft(GraphModule):
-    """One whose graph is still being changed: it has no code, and cannot be called before it is rebuilt."""
+    """A graph module whose graph is still being changed. It has no code, and cannot be called before `rebuild`."""
 
     def recompile(self) -> Any:
         """Nothing: the code would be that of a graph that is about to change."""

@@ -19,8 +19,8 @@ from qpass.ir.alias import Memory, aliased_inputs, all_arguments, arguments, sto
 from qpass.ir.attributes import get_constant
 from qpass.ir.fake import fake_call
 from qpass.ir.gradient import DETACH, differentiable
-from qpass.ir.modes import DROPOUT
 from qpass.ir.regions import regions
+from qpass.ir.training_modules import DROPOUT
 
 aten = torch.ops.aten
 
@@ -56,7 +56,7 @@ def drop_noops(gm: fx.GraphModule, trains: bool = False) -> int:
 
 
 def eliminate_dead(gm: fx.GraphModule) -> int:
-    """Erase what no result depends on; the number of nodes erased.
+    """Erase the nodes that no result depends on. Returns the number of nodes erased.
 
     Kept: inputs, writes, assertions, random draws (they advance the generator). Two kinds of check go, although
     nothing ever reads them: constraints on a symbolic size that nothing else reads, and export's assertions that a

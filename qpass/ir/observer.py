@@ -1,4 +1,4 @@
-"""The mark of a module that stands on one tensor of a prepared graph, by which passes know it."""
+"""The base class by which passes know a module that observes one tensor of a prepared graph."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import fx, nn
 
 
 class Observer(nn.Module):
-    """Hands its tensor on, as it is or rounded, until `convert` takes it out. Its name says nothing."""
+    """Returns its tensor, as it is or rounded, until `convert` takes it out. It is known by its class, not its name."""
 
 
 def is_observer(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Passes in order, as a value; what every pass needs around it is done here, once."""
+"""Pipeline: passes in order, as a value. It verifies, times and records every pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import fx
 
 from qpass.errors import ConfigError, InputError, near
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.record import Stage, graph_record
 from qpass.ir.regions import regions
 from qpass.ir.verify import verify
@@ -35,24 +35,24 @@ class PassRun:
         return self.result.changed
 
 
-class Watcher(Protocol):
-    """Somebody who wants to see what the passes of this process do; see :data:`WATCHERS`."""
+class Recorder(Protocol):
+    """What wants to see the work of the passes in this process; see :data:`RECORDERS`."""
 
-    def is_watching(self) -> bool: ...
+    def is_active(self) -> bool: ...
     def is_recording(self) -> bool: ...
     def start(self, gm: fx.GraphModule, stage: Stage) -> None: ...
     def after(self, gm: fx.GraphModule, run: PassRun) -> None: ...
 
 
-WATCHERS: list[Watcher] = []
-"""Asked at the start of every pipeline; those that watch see the graph then and after each pass, untimed."""
+RECORDERS: list[Recorder] = []
+"""Asked at the start of every pipeline. Active ones see the graph then and after each pass, untimed."""
 
 Callback = Callable[[fx.GraphModule, PassRun], None]
 
 
 def is_recorded() -> bool:
-    """Whether somebody waits for the passes that would run now: then no cache may spare them."""
-    return any(watcher.is_recording() for watcher in WATCHERS)
+    """Whether a recorder waits for the passes that would run now. Then no cache may skip them."""
+    return any(recorder.is_recording() for recorder in RECORDERS)
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ class Pipeline:
         code.
 
         Raises:
-            InputError: a pass returned something that is no result of a pass.
+            InputError: a pass returned something other than a `PassResult`.
             VerifyError: the result breaks the spec of ``stage``.
         """
-        watching = [watcher for watcher in WATCHERS if watcher.is_watching()]
-        for watcher in watching:
-            watcher.start(gm, self.stage)
+        watching = [recorder for recorder in RECORDERS if recorder.is_active()]
+        for recorder in watching:
+            recorder.start(gm, self.stage)
         runs = []
         for step in self.passes:
             runs.append(_run(step, gm, self.foreign))
-            for callback in (*between, *(watcher.after for watcher in watching)):
+            for callback in (*between, *(recorder.after for recorder in watching)):
                 callback(gm, runs[-1])
         if self.foreign:
             gm.graph.lint()
@@ -107,12 +107,12 @@ class Pipeline:
 
         Raises:
             ConfigError: no pass has this name, with the nearest one.
-            InputError: something given is no pass.
+            InputError: something given is not a pass.
         """
         return self._spliced(self._places(name)[0], 0, passes)
 
     def after(self, name: str, *passes: Pass) -> Pipeline:
-        """The pipeline with ``passes`` behind the last pass of this name; raises as `before` does."""
+        """The pipeline with ``passes`` after the last pass of this name; raises as `before` does."""
         return self._spliced(self._places(name)[-1] + 1, 0, passes)
 
     def without(self, name: str) -> Pipeline:
@@ -166,7 +166,7 @@ def _as_result(step: Pass, returned: object) -> PassResult:
     if isinstance(returned, int):
         return PassResult(returned)
     raise InputError(
-        f"the pass {step.name} returned {type(returned).__name__}, which is no result of a pass",
+        f"the pass {step.name} returned {type(returned).__name__}, which is not the result of a pass",
         hint="return qpass.passes.PassResult(changed, notes, refusals), or the number of changes",
     )
 
@@ -180,8 +180,8 @@ def remarks(runs: Sequence[PassRun]) -> Iterator[str]:
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Leave reference cycles for later. Passes make none to speak of, but so many nodes that looking takes a quarter
-    of their time."""
+    """Let the garbage collector wait. Passes make hardly any reference cycles, but so many nodes that looking for them
+    takes a quarter of their time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

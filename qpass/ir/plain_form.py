@@ -1,4 +1,4 @@
-"""The pipeline that brings a captured graph into plain form: what `normalize` and `regions` do, in order."""
+"""The pipeline that brings a captured graph into plain form, by the steps of `normalize` and `region_edits`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from qpass.ir import normalize as steps
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.module import rebuild
 from qpass.ir.pipeline import Pipeline
 from qpass.ir.region_edits import Types, inline_set_grad, sink_constants
@@ -59,7 +59,7 @@ class DropNoops(Pass):
 
 @dataclass(frozen=True)
 class EliminateDead(Pass):
-    """``y = sin(x); return x  ->  return x``: what no result depends on goes; exact"""
+    """``y = sin(x); return x  ->  return x``: nodes that no result depends on are erased; exact"""
 
     whole = True
 

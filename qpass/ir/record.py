@@ -1,4 +1,4 @@
-"""What was decided about a node, and which stage a graph has reached: the memory that every report reads.
+"""The record of a node, which says what was decided about it, and that of a graph, which says its stage.
 
 Decisions are kept in one place, ``node.meta["qpass"]``, so that they move with the node when a pass rewrites
 the graph around it. A graph's own record is ``gm.meta["qpass"]``.

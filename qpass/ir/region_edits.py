@@ -1,4 +1,4 @@
-"""Regions made like any other graph: their constants are read inside, and what only switches autograd is dissolved.
+"""Edits that make a region like any other graph: it reads its constants itself, or is dissolved into the graph around.
 
 A region sees the outside only through its operands, so a weight arrives in it as an anonymous input. The passes here
 let the region read constants by ``get_attr``, and dissolve a region that only switches autograd off. The graphs are

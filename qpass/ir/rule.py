@@ -32,14 +32,14 @@ def require(condition: object, why_not: str, node: fx.Node | None = None) -> Non
 
 
 class Rule:
-    """One law ``before -> after``. The first line of the docstring states it."""
+    """One rewrite ``before -> after``. The first line of the docstring states it."""
 
     def pattern(self, *captures: Any) -> Expr | Iterable[Expr]:
-        """The expression that is meant; the parameters are the captures."""
+        """The expression that the rule rewrites; the parameters are the captures."""
         raise NotImplementedError
 
     def check(self, m: Match, constants: Constants) -> None:
-        """Refuse by :func:`require` what the law does not hold for."""
+        """Refuse matches that the rule does not hold for, by :func:`require`."""
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
         """Build the replacement of ``m.root`` before it and return it."""
@@ -47,7 +47,7 @@ class Rule:
 
     @property
     def law(self) -> str:
-        """The law in one line."""
+        """The rewrite in one line."""
         return (type(self).__doc__ or "").strip().splitlines()[0]
 
     @property

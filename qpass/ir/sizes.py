@@ -105,12 +105,12 @@ def product(given: Iterable[int | Size]) -> int | Size:
 
 
 def is_symbolic(number: int | torch.SymInt) -> bool:
-    """Whether a size is no whole number that the graph was made for."""
+    """Whether a size is symbolic: not one number that the graph was made for."""
     return isinstance(number, torch.SymInt) and number.node.maybe_as_int() is None
 
 
 def is_data_dependent(number: int | torch.SymInt) -> bool:
-    """Whether a size comes from the contents of a tensor, so that nothing can be asked about it before it runs."""
+    """Whether a size comes from the contents of a tensor, so that it is not known before the graph runs."""
     return isinstance(number, torch.SymInt) and _comes_from_data(number)
 
 

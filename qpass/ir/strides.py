@@ -1,9 +1,9 @@
-"""The layout that a node's result has in the float model, where what computes it now lays its result out otherwise.
+"""The strides that a node's result has in the float model, where a kernel returns it with other strides.
 
 While passes run, ``meta["val"]`` of every node is what the float model has there, strides included. A kernel that
 writes channels-last where the float operation did not, or one that hands out a part of a wider result, keeps that
 promise for ``val`` and says beside it what it really returns. ``passes/keep_strides.py`` brings the two together where
-strides can be seen; behind it ``val`` is the truth again.
+strides can be seen; after it ``val`` has the real strides again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def stand_for(node: fx.Node, old: fx.Node) -> None:
 
 
 def same_strides(one: Any, other: Any) -> bool:
-    """Whether two values, or lists of values, have equal strides; what is no strided tensor has none."""
+    """Whether two values, or lists of values, have equal strides; a value that is not a strided tensor has none."""
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
         return all(map(same_strides, one, other))
     tensors = [value for value in (one, other) if isinstance(value, Tensor) and value.layout == torch.strided]

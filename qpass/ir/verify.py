@@ -1,7 +1,7 @@
 """The written spec of each stage, checked between passes.
 
 captured   float ATen, constants as ``get_attr``, fake values on every tensor node; for training a `Branch`
-prepared   + calls of modules: of each `Observer`, and of what training changes, a `ByMode`
+prepared   + calls of modules: of each `Observer`, and of what training changes, a `TrainingModule`
 quantized  no observer left; ``quantized_decomposed`` ops with positive, finite scales and zero points in range
 lowered    + kernels of a target; no other new operator
 """
@@ -14,12 +14,12 @@ from torch import fx
 
 from qpass import torch_private
 from qpass.errors import VerifyError
-from qpass.ir.modes import ByMode
 from qpass.ir.observer import is_observer
 from qpass.ir.record import Stage
 from qpass.ir.regions import regions
 from qpass.ir.source import where
 from qpass.ir.text import target_name
+from qpass.ir.training_modules import TrainingModule
 
 
 def verify(gm: fx.GraphModule, stage: Stage) -> None:
@@ -44,7 +44,7 @@ def _fault(node: fx.Node, stage: Stage) -> str:
             return f"calls a sub-module, and a {stage} graph calls none"
         if is_observer(node) or is_by_mode(node):
             return ""
-        return "calls a sub-module that is neither an observer nor one of qpass.ir.modes"
+        return "calls a sub-module that is neither an observer nor one of qpass.ir.training_modules"
     if node.op != "call_function" or not isinstance(node.target, torch_private.OpOverload):
         return ""
     namespace = node.target.namespace
@@ -60,7 +60,11 @@ def _fault(node: fx.Node, stage: Stage) -> str:
 def is_by_mode(node: fx.Node) -> bool:
     """Whether a node calls what training changes."""
     owner = node.graph.owning_module
-    return node.op == "call_module" and owner is not None and isinstance(owner.get_submodule(str(node.target)), ByMode)
+    return (
+        node.op == "call_module"
+        and owner is not None
+        and isinstance(owner.get_submodule(str(node.target)), TrainingModule)
+    )
 
 
 def _qparams_fault(node: fx.Node) -> str:

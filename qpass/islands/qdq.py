@@ -60,7 +60,7 @@ class QParams:
 
 
 @dataclass(frozen=True)
-class Pair:
+class QdqNode:
     """One quantize or dequantize node: ``value`` is what goes in (values for q, codes for dq)."""
 
     node: fx.Node
@@ -68,17 +68,17 @@ class Pair:
     qparams: QParams
 
 
-def as_quantize(node: Any) -> Pair | None:
+def as_quantize(node: Any) -> QdqNode | None:
     """The reading of a quantize node, or None for any other node."""
     return _read(node, QUANTIZE)
 
 
-def as_dequantize(node: Any) -> Pair | None:
+def as_dequantize(node: Any) -> QdqNode | None:
     """The reading of a dequantize node, or None for any other node."""
     return _read(node, DEQUANTIZE)
 
 
-def _read(node: Any, table: dict[Any, type[Granularity]]) -> Pair | None:
+def _read(node: Any, table: dict[Any, type[Granularity]]) -> QdqNode | None:
     kind = table.get(node.target) if isinstance(node, fx.Node) and node.op == "call_function" else None
     if kind is None:
         return None
@@ -91,10 +91,10 @@ def _read(node: Any, table: dict[Any, type[Granularity]]) -> Pair | None:
     elif kind is PerGroup:
         granularity = PerGroup(given["group_size"])
     qparams = QParams(granularity, scale, zero_point, given["quant_min"], given["quant_max"], given["dtype"])
-    return Pair(node, given["input"], qparams)
+    return QdqNode(node, given["input"], qparams)
 
 
-def only_quantize(node: fx.Node) -> Pair | None:
+def only_quantize(node: fx.Node) -> QdqNode | None:
     """The single quantize node that reads ``node``, when it is the only reader."""
     if len(node.users) != 1:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qpass import targets
 from qpass.comm.graph.passes.lower_collectives import LowerCollectives
 from qpass.errors import ConfigError, InputError
-from qpass.ir.frame import Pass
+from qpass.ir.graph_pass import Pass
 from qpass.ir.pipeline import Pipeline
 from qpass.ir.record import Stage
 from qpass.quantize.passes.annotate import Annotate

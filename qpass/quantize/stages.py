@@ -11,12 +11,12 @@ from qpass import targets
 from qpass.errors import ConfigError, ConvertError, StrictError
 from qpass.ir.attributes import get_constant
 from qpass.ir.gradient import DETACH
-from qpass.ir.modes import FoldedWeight, FoldFactor
 from qpass.ir.module import Draft, copy_graph_module, rebuild
 from qpass.ir.ownership import own_tensors
 from qpass.ir.pipeline import Pipeline, without_gc
 from qpass.ir.record import graph_record, record_of
 from qpass.ir.regions import regions
+from qpass.ir.training_modules import FoldedWeight, FoldFactor
 from qpass.islands.float_weights import FloatWeights
 from qpass.quantize.passes.annotate import Annotate, Seen
 from qpass.quantize.pipelines import convert_pipeline, prepare_pipeline, refuse_misfit

@@ -18,7 +18,7 @@ from torch._inductor.utils import run_and_get_code
 import qpass
 from bound import bounds
 from qpass import presets
-from qpass.backend.compiled import compiled_graphs
+from qpass.backend.compilations import compiled_graphs
 from qpass.errors import InputError, StrictError
 from qpass.targets import X86
 

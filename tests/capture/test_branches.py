@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from interpret import operators
+from pipeline_run import Do
 from qpass.capture.training import capture_training
 from qpass.errors import CaptureError
 from qpass.ir.branch import Branch
-from qpass.ir.modes import BY_MODE, Mode
-from road import Do
+from qpass.ir.training_modules import BY_MODE, TrainingChange
 
 X = torch.randn(4, 6)
 
@@ -36,7 +36,7 @@ add = add.Tensor(inputs_0, branch_0)
 return [add]"""
     )
     (call,) = gm.graph.find_nodes(op="call_module")
-    assert call.meta[BY_MODE] == Mode(True)
+    assert call.meta[BY_MODE] == TrainingChange(True)
     branch = gm.get_submodule("branch_0")
     assert isinstance(branch, Branch)
     assert (

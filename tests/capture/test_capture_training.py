@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from interpret import operators
+from pipeline_run import Do
 from qpass.capture.export import capture
 from qpass.capture.training import capture_training
 from qpass.errors import CaptureError, InputError
-from qpass.ir.modes import BY_MODE, Mode
-from road import Do
+from qpass.ir.training_modules import BY_MODE, TrainingChange
 
 X = torch.randn(4, 6)
 
 
-def modes(model: nn.Module, x: Tensor = X) -> dict[str, Mode]:
+def modes(model: nn.Module, x: Tensor = X) -> dict[str, TrainingChange]:
     return {n.name: n.meta[BY_MODE] for n in capture_training(model, (x,)).graph.nodes if BY_MODE in n.meta}
 
 
@@ -35,8 +35,8 @@ return [dropout]"""
     )
     marks = {node.name: node.meta[BY_MODE] for node in gm.graph.nodes if BY_MODE in node.meta}
     assert marks == {
-        "batch_norm": Mode(True, momentum=0.3, tracked="1.num_batches_tracked"),
-        "dropout": Mode(True, p=0.25),
+        "batch_norm": TrainingChange(True, momentum=0.3, tracked="1.num_batches_tracked"),
+        "dropout": TrainingChange(True, p=0.25),
     }
     assert marks["batch_norm"].count is model[1].num_batches_tracked
     assert [module.training for module in model.modules()] == [True] * 4
@@ -61,19 +61,22 @@ def test_a_functional_call_counts_where_the_user_made_it_depend_on_the_mode() ->
             x = F.dropout(x, 0.5, training=self.training)
             return F.dropout(x, 0.25, training=False)
 
-    assert modes(Model().train()) == {"batch_norm": Mode(True, momentum=0.2), "dropout": Mode(True, p=0.5)}
+    assert modes(Model().train()) == {
+        "batch_norm": TrainingChange(True, momentum=0.2),
+        "dropout": TrainingChange(True, p=0.5),
+    }
 
 
 def test_dropout_inside_attention_is_found() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True).train()
     found = modes(layer, torch.randn(2, 5, 8))
-    assert found == dict.fromkeys(found, Mode(True, p=0.1))
+    assert found == dict.fromkeys(found, TrainingChange(True, p=0.1))
     assert list(found) == ["scaled_dot_product_attention", "dropout", "dropout_1", "dropout_2"]
 
 
 def test_dropout_in_place_becomes_plain() -> None:
     found = modes(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.1, inplace=True)).train())
-    assert found == {"dropout_": Mode(True, p=0.1)}
+    assert found == {"dropout_": TrainingChange(True, p=0.1)}
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         y = m.fc(x)
@@ -88,7 +91,7 @@ def test_dropout_in_place_becomes_plain() -> None:
 
 def test_an_average_over_all_batches_and_a_norm_without_statistics() -> None:
     model = nn.Sequential(nn.BatchNorm1d(6, momentum=None), nn.BatchNorm1d(6, track_running_stats=False)).train()
-    assert modes(model) == {"batch_norm": Mode(True, momentum=None, tracked="0.num_batches_tracked")}
+    assert modes(model) == {"batch_norm": TrainingChange(True, momentum=None, tracked="0.num_batches_tracked")}
 
 
 @pytest.mark.parametrize("batch", [1, 3])

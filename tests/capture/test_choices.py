@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline_run import Do
 from qpass.capture.training import capture_training
 from qpass.errors import CaptureError
-from road import Do
 
 X = torch.randn(4, 6)
 

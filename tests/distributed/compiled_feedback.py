@@ -19,11 +19,11 @@ from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
+from compiled_traffic import CompiledTraffic, value
 from distributed.compiled_sharding import shard_weights, shards_of
 from qpass import comm
 from qpass.errors import ConfigError
 from ranks import everywhere
-from watched import Watch, value
 
 INT4 = comm.codec("int4")
 STEPS = 32
@@ -60,7 +60,7 @@ def in_pieces(rank: int, world: int) -> None:
         return (funcol.all_gather_tensor_autograd(shard, 0, dist.group.WORLD) * x).sum()
 
     chunk, comm.wire.partition.CHUNK = comm.wire.partition.CHUNK, 128  # so that small tensors, too, go in pieces
-    with Watch() as watch:
+    with CompiledTraffic() as watch:
         compiled = torch.compile(loss, backend="qpass", options=fed(feedback), fullgraph=True)
         for step in range(3):
             x = value(10 * step + rank, world * 11, 35)
@@ -91,7 +91,7 @@ def ddp_under_compiled_autograd(rank: int, world: int) -> None:
     model, feedback, x = nn.Linear(64, 33), comm.Feedback(), value(rank, 8, 64)
     config = torch._dynamo.config.patch(optimize_ddp="python_reducer", compiled_autograd=True)
     found = []
-    with Watch() as watch, config, warnings.catch_warnings():
+    with CompiledTraffic() as watch, config, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ddp = nn.parallel.DistributedDataParallel(model)
         step = torch.compile(lambda: ddp(x).square().sum().backward(), backend="qpass", options=fed(feedback))

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
+from compiled_traffic import ALL, INT8, CompiledTraffic, check_sent, payload_bytes, rounded, value
 from qpass import comm
 from qpass.ops import graph_ops
 from ranks import everywhere
-from watched import ALL, INT8, Watch, check_sent, payload_bytes, rounded, value
 
 
 def changing_sizes(rank: int, world: int) -> None:
@@ -27,7 +27,7 @@ def changing_sizes(rank: int, world: int) -> None:
         return gathered, scattered, exchanged, summed.detach(), shared.detach()
 
     w = value(9, 70, 90).requires_grad_()
-    with Watch() as watch:
+    with CompiledTraffic() as watch:
         compiled = torch.compile(function, backend="qpass", options=ALL)
         for rows in (20, 26, 34):
             x = value(rank, rows, 70)
@@ -82,7 +82,7 @@ def static_beside_symbolic(rank: int, world: int) -> None:
         found += [funcol.all_gather_tensor(x[:, :columns] * 3, 0, group) for columns in (1, 2)]
         return [each + 1 for each in found]
 
-    with Watch() as watch:
+    with CompiledTraffic() as watch:
         compiled = torch.compile(function, backend="qpass", options=ALL, dynamic=rank == 0)
         for rows in (8300, 8410):  # of 64, which are 2 pieces
             x = value(rank, rows, 64)
@@ -124,7 +124,7 @@ def mixture_of_experts(rank: int, world: int) -> None:
         return comm.eager.functional.all_to_all(call, INT8)
 
     router, expert = value(7, 128, world), value(8 + rank, 128, 100).requires_grad_()
-    with Watch() as watch, torch._dynamo.config.patch(capture_scalar_outputs=True):
+    with CompiledTraffic() as watch, torch._dynamo.config.patch(capture_scalar_outputs=True):
         compiled = torch.compile(moe, backend="qpass", options=ALL, fullgraph=True)
         for step in range(3):
             x = value(10 * step + rank, 40, 128).requires_grad_()
@@ -164,7 +164,7 @@ def lists_of_tensors(rank: int, world: int) -> None:
         return [tensor + 1 for tensor in (*summed, *gathered, *scattered)]
 
     x, y = value(rank, 6, 50), value(rank + 5, 4, 700)
-    with Watch() as watch:
+    with CompiledTraffic() as watch:
         compiled = torch.compile(function, backend="qpass", options=ALL)
         compiled(x, y)
         # x is 3 rows and its halves are 2; y is 22 rows and its halves are 11
@@ -198,7 +198,7 @@ def outputs(rank: int, world: int) -> None:
         return whole, kept + 1
 
     x, kept = value(rank, 6, 50), torch.zeros(3, 50)
-    with Watch() as watch:
+    with CompiledTraffic() as watch:
         compiled = torch.compile(function, backend="qpass", options=ALL)
         compiled(x, kept)
         whole, more = check_sent(compiled, x, kept, payloads=payload_bytes(300, 150))

@@ -17,10 +17,10 @@ from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from compiled_traffic import ALL, INT8, CompiledTraffic, rounded, value
 from qpass import comm
 from qpass.errors import AgreementError
 from ranks import everywhere
-from watched import ALL, INT8, Watch, rounded, value
 
 
 def user_function(rank: int, world: int) -> None:
@@ -40,7 +40,7 @@ def user_function(rank: int, world: int) -> None:
         return summed.relu(), gathered, scattered, exchanged, largest
 
     x, w = value(rank, 6, 50), value(7, 50, 100)
-    with Watch() as watch:
+    with CompiledTraffic() as watch:
         results = torch.compile(function, backend="qpass", options=ALL)(x, w)
     plain = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
     assert watch.before == [{f"{kind} float32": count for kind, count in plain.items()}]
@@ -84,7 +84,7 @@ def in_pieces(rank: int, world: int) -> None:
 
     chunk, comm.wire.partition.CHUNK = comm.wire.partition.CHUNK, 128  # so that small tensors, too, go in pieces
     x = value(rank, 10, 77)
-    with Watch() as watch:
+    with CompiledTraffic() as watch:
         summed, gathered, scattered = torch.compile(function, backend="qpass", options=ALL)(x)
     comm.wire.partition.CHUNK = chunk
     assert watch.after == [{}]  # 770 elements are 7 rows, each half of them 4
@@ -110,7 +110,7 @@ def tensor_parallel(rank: int, world: int) -> None:
     bound = sum(INT8.error_bound(term) for term in terms)
     mesh = init_device_mesh("cpu", (world,))
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    with Watch() as watch, torch.no_grad():
+    with CompiledTraffic() as watch, torch.no_grad():
         result = torch.compile(model, backend="qpass", options=ALL)(x)
     assert (watch.before, watch.after) == ([{"all_reduce float32": 1}], [{"all_gather uint8": 1}])
     (record,) = watch.decisions
@@ -129,7 +129,7 @@ def sharded_training(rank: int, world: int) -> None:
         return (x @ w).square().sum()
 
     x, shard = value(rank, 8, 64), value(rank + 5, 32, 40).requires_grad_()
-    with Watch() as watch:
+    with CompiledTraffic() as watch:
         found = torch.compile(loss, backend="qpass", options=ALL)(x, shard)
         found.backward()
     assert watch.before == [{"all_gather float32": 1}, {"reduce_scatter float32": 1}]
@@ -149,7 +149,7 @@ def ddp_under_compiled_autograd(rank: int, world: int) -> None:
     model = nn.Linear(64, 32)
     x = value(rank, 8, 64)
     config = torch._dynamo.config.patch(optimize_ddp="python_reducer", compiled_autograd=True)
-    with Watch() as watch, config, warnings.catch_warnings(record=True) as warned:
+    with CompiledTraffic() as watch, config, warnings.catch_warnings(record=True) as warned:
         ddp = nn.parallel.DistributedDataParallel(model)
         torch.compile(lambda: ddp(x).square().sum().backward(), backend="qpass", options=ALL)()
     assert not [str(warning.message) for warning in warned if "collective" in str(warning.message)]
@@ -245,7 +245,7 @@ def many_ranks(rank: int, world: int) -> None:
         return a, b
 
     x = value(rank, 9, 77)
-    with Watch() as watch:
+    with CompiledTraffic() as watch:
         a, b = torch.compile(function, backend="qpass", options=ALL)(x)
     inside = rank in (1, 3)
     assert watch.before == [{"all_reduce float32": 1 + inside}]

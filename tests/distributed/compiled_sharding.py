@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from compiled_traffic import ALL, HEADERS, INT8, CompiledTraffic, check_sent, payload_bytes, value
 from qpass import comm
 from ranks import everywhere
-from watched import ALL, HEADERS, INT8, Watch, check_sent, payload_bytes, value
 
 Whole = Callable[[Tensor], Tensor]
 
@@ -89,7 +89,7 @@ def train(rank: int, world: int, dtype: torch.dtype, told: list[str]) -> None:
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sizes = [48 * 64, 16 * 96]  # the shards of each rank, of which the other gets as much as it keeps
-    with Watch() as watch:
+    with CompiledTraffic() as watch:
         compiled = torch.compile(loss, backend="qpass", options=ALL, fullgraph=True)
         for step in range(3):
             x = value(10 * step + rank, 16, 64)
@@ -124,7 +124,7 @@ def joined(rank: int, world: int) -> None:
     for join, count in ((False, 4), (True, 1)):
         torch._dynamo.reset()
         policy = comm.Policy("int8", min_bytes=0, join=join)
-        with Watch() as watch:
+        with CompiledTraffic() as watch:
             compiled = torch.compile(
                 lambda x: model(x).square().mean(), backend="qpass", options={"comm": policy}, fullgraph=True
             )
@@ -154,7 +154,7 @@ def cast_to_float8(rank: int, world: int) -> None:
         return F.linear(hidden, model[2].weight.float())
 
     x = value(rank, 16, 64)
-    with Watch() as watch, torch.no_grad():
+    with CompiledTraffic() as watch, torch.no_grad():
         compiled = torch.compile(function, backend="qpass", options=ALL, fullgraph=True)
         compiled(x)
         found = check_sent(compiled, x, payloads=48 * 64 + 16 * 96)
@@ -180,7 +180,7 @@ def two_meshes(rank: int, world: int) -> None:
         return whole.to_local(grad_placements=[Replicate()]).square().mean()
 
     x = value(rank // 2, 16, 64)  # a batch for each pair
-    with Watch() as watch:
+    with CompiledTraffic() as watch:
         compiled = torch.compile(loss, backend="qpass", options=ALL, fullgraph=True)
         for _ in range(2):
             up.zero_grad()

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import qpass.comm
 import ranks
+from compiled_traffic import value
 from qpass.comm.training import hook_state
 from qpass.errors import AgreementError
-from watched import value
 
 CASES = [
     "copies_and_files", "python_reducer", "python_reducer_with_feedback", "python_reducer_of_other_gradients",

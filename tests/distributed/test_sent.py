@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import qpass.comm
 import ranks
-from watched import bytes_sent, value
+from compiled_traffic import bytes_sent, value
 
 CASES = [
     "hybrid_sharding_counts_what_the_wire_carries", "replicas_alone", "all_reduce_alone_in_full", "mixed_dtypes",

@@ -1,4 +1,4 @@
-"""300 generated models down the whole road; a failure prints its seed, and ``QPASS_FUZZ_SEED=17`` runs that one alone.
+"""300 generated models through all stages; a failure prints its seed, and ``QPASS_FUZZ_SEED=17`` runs that one alone.
 
 Eagerly each by itself. By Inductor side by side in one module, a group at a time, since every compilation costs many
 seconds: the first group always, all of them with ``--slow``.
@@ -32,7 +32,7 @@ one_run = pytest.mark.skipif(ONLY is not None, reason="QPASS_FUZZ_SEED asks for 
 def test_eager(seed: int) -> None:
     """prepared == float bit for bit; lowered within the bound of the reference, at batch sizes never captured."""
     case = generate(seed)
-    prepared, quantized = road(case)
+    prepared, quantized = run_stages(case)
     batch = case.batch(BATCH, seed=1)
     with torch.no_grad():
         for ours, theirs in zip(flat(prepared(*batch)), flat(case.model(*batch)), strict=True):
@@ -53,7 +53,7 @@ def test_eager(seed: int) -> None:
 def test_compiled(seeds: Sequence[int]) -> None:
     """One graph without breaks, compiled once for two batch sizes, each model within the bound of its reference."""
     cases = [generate(seed) for seed in seeds]
-    graphs = [road(case)[1] for case in cases]
+    graphs = [run_stages(case)[1] for case in cases]
     try:
         results = compiled(cases, graphs)
     except Exception:
@@ -74,7 +74,7 @@ def test_the_bound_notices_one_wrong_code() -> None:
     noticed = []
     for seed in range(24):
         case = generate(seed)
-        _, quantized = road(case)
+        _, quantized = run_stages(case)
         batch = case.batch(5, seed=7)
         expected = bounds(quantized, batch)
         codes = next(
@@ -130,10 +130,10 @@ def test_the_models_are_what_they_should_be() -> None:
     assert {name: seen[name] for name in wanted if seen[name] < 3} == {}
 
 
-# ---- the road, and what holds at its end
+# ---- all stages, and what holds after the last
 
 
-def road(case: Case) -> tuple[fx.GraphModule, fx.GraphModule]:
+def run_stages(case: Case) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Prepared and quantized; calibrated on two batches, the second smaller."""
     try:
         prepared = qpass.prepare(case.model, case.inputs, config=case.config)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import qpass
+from pipeline_run import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do
 from qpass.errors import InputError
-from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do
 
 CONFIGS = {"static": STATIC, "token": PER_TOKEN, "tensor": PER_TENSOR, "weight": WEIGHT_ONLY}
 X = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import qpass
+from pipeline_run import Do, same
 from qpass.presets import int8_dynamic, int8_static, int8_weight_only
-from road import Do, same
 
 X = torch.linspace(-3, 2, 64).reshape(4, 16).sin()
 IMAGES = torch.linspace(-3, 2, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8).sin()

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import qpass
+from pipeline_run import Do
 from qpass.errors import ConfigError
 from qpass.presets import int8_static
-from road import Do
 
 X = torch.randn(2, 3, 8, 8)
 

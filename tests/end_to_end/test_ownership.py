@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import qpass
-from road import PER_TOKEN, STATIC, WEIGHT_ONLY, Do, same
+from pipeline_run import PER_TOKEN, STATIC, WEIGHT_ONLY, Do, same
 
 CONFIGS = {"static": STATIC, "token": PER_TOKEN, "weight only": WEIGHT_ONLY, "qat": qpass.presets.int8_qat()}
 

@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import qpass
-from law import compare_kernels
+from kernel_comparison import compare_kernels
+from pipeline_run import Do, kernel_names
 from qpass.fake_quantize import disable_fake_quant, freeze_batch_norm_stats, freeze_observers
-from qpass.ir.modes import BatchNorm, ByMode, Dropout
+from qpass.ir.training_modules import BatchNorm, Dropout, TrainingModule
 from qpass.presets import int8_qat
-from road import Do, kernel_names
 
 QAT = int8_qat(compute_dtype=None)
 
@@ -133,7 +133,7 @@ def test_the_codes_run_on_the_kernels(name: str) -> None:
     model, shape = settled(name)
     quantized = qpass.convert(trained(qpass.prepare(model, (torch.randn(shape),), config=QAT), shape))
     report = qpass.report(quantized)
-    assert not any(isinstance(module, ByMode) for module in quantized.modules())
+    assert not any(isinstance(module, TrainingModule) for module in quantized.modules())
     compare_kernels(quantized, torch.randn(shape))
     float32 = qpass.presets.int8_static(compute_dtype=None)  # as in training: a kernel that casts has another name
     float_model = qpass.prepare(copy.deepcopy(model).eval(), (torch.randn(shape),), config=float32)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import qpass
+from pipeline_run import Do
 from qpass.fake_quantize import disable_fake_quant, freeze_batch_norm_stats, freeze_bn_stats
-from road import Do
 
 X = torch.randn(4, 3, 8, 8)
 QAT = qpass.presets.int8_qat(compute_dtype=None)

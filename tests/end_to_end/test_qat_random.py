@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import qpass
+from pipeline_run import Do
 from qpass.fake_quantize import disable_fake_quant
-from qpass.ir.modes import ByMode
+from qpass.ir.training_modules import TrainingModule
 from qpass.presets import int8_qat
-from road import Do
 
 QAT = int8_qat(compute_dtype=None)
 X = torch.randn(8, 6)
@@ -99,7 +99,9 @@ CHANGES = [
 def test_it_trains_as_the_float_model_and_converts_without(change: Callable[[Tensor], Tensor]) -> None:
     model = nn.Sequential(nn.Linear(6, 6), Block(change)).train()
     prepared = qpass.prepare(model, (X,), config=QAT)
-    random = {name for name, module in prepared.named_modules() if isinstance(module, ByMode) and name != "1.norm"}
+    random = {
+        name for name, module in prepared.named_modules() if isinstance(module, TrainingModule) and name != "1.norm"
+    }
     assert random == {"1.path1", "1.drop", "1.path2"}
     exact = copy.deepcopy(prepared).apply(disable_fake_quant)
     for training in (True, False, True):
@@ -111,7 +113,7 @@ def test_it_trains_as_the_float_model_and_converts_without(change: Callable[[Ten
     draws = [prepared.train()(X) for _ in range(8)]  # masks of 8 rows, equal by chance in one of 6**8 pairs
     assert not any(torch.equal(draws[0], other) for other in draws[1:])
     quantized = qpass.convert(prepared)
-    assert not any(isinstance(module, ByMode) for module in quantized.modules())
+    assert not any(isinstance(module, TrainingModule) for module in quantized.modules())
     assert torch.equal(quantized(X), prepared.eval()(X))  # the same codes, the same float operations
 
 
@@ -178,7 +180,7 @@ def test_eval_on_what_holds_dropout_stops_it() -> None:
     model = nn.ModuleDict({"backbone": body, "head": nn.Linear(6, 6)})
     model.forward = lambda x: model["head"](model["backbone"](x))  # type: ignore[method-assign]
     prepared = qpass.prepare(model.train(), (X,), config=QAT)
-    held = [name for name, module in prepared.named_modules() if isinstance(module, ByMode)]
+    held = [name for name, module in prepared.named_modules() if isinstance(module, TrainingModule)]
     assert [name for name in held if not name.startswith("backbone.")] == []
     assert {"backbone.1", "backbone.2.dropout_0", "backbone.3.path1", "backbone.3.drop"} <= set(held)
     assert "backbone.4.self_attn.attention_0" in held

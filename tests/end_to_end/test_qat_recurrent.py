@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import qpass
+from pipeline_run import Do
 from qpass.fake_quantize import disable_fake_quant
-from road import Do
 
 SEQUENCES, ROWS = torch.randn(3, 6, 10), torch.randn(4, 10)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import qpass
 from interpret import operators
+from pipeline_run import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, kernel_names, run_stages, same
 from qpass.spec.config import Config
-from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, kernel_names, road, same
 
 CONFIGS = {"static": STATIC, "tensor": PER_TENSOR, "token": PER_TOKEN, "weight only": WEIGHT_ONLY}
 
@@ -41,7 +41,7 @@ def test_convert_leaves_the_prepared_model_usable(name: str) -> None:
 
 
 def test_lower_leaves_the_quantized_model_usable() -> None:
-    r = road(model(), x := torch.randn(4, 16))
+    r = run_stages(model(), x := torch.randn(4, 16))
     before, text = r.quantized(x), operators(r.quantized)
     first, second = qpass.lower(r.quantized), qpass.lower(r.quantized)
     assert operators(r.quantized) == text
@@ -82,15 +82,15 @@ def test_what_runs_without_gradients_is_quantized(decorated: bool) -> None:
             return m.b(torch.relu(m.a(x)))
 
     function = torch.no_grad()(lambda m, x: m.b(torch.relu(m.a(x)))) if decorated else forward
-    r = road(Do(function, a=nn.Linear(16, 8), b=nn.Linear(8, 4)), torch.randn(4, 16))
+    r = run_stages(Do(function, a=nn.Linear(16, 8), b=nn.Linear(8, 4)), torch.randn(4, 16))
     assert kernel_names(r.lowered) == ["onednn.qlinear with relu, quantize", "onednn.qlinear"]
 
 
 def test_a_symmetric_dynamic_range_feeds_two_linears() -> None:
     spec = qpass.QuantizationSpec(torch.int8, symmetric=True, dynamic=True)
     config = Config(activation=spec, weight=STATIC.weight)
-    r = road(Do(lambda m, x: m.a(x) * torch.relu(m.b(x)), a=nn.Linear(16, 8), b=nn.Linear(16, 8)), torch.randn(4, 16),
-             config=config)  # fmt: skip
+    model = Do(lambda m, x: m.a(x) * torch.relu(m.b(x)), a=nn.Linear(16, 8), b=nn.Linear(16, 8))
+    r = run_stages(model, torch.randn(4, 16), config=config)
     assert kernel_names(r.lowered) == ["onednn.qlinear", "onednn.qlinear with relu"]
     assert operators(r.lowered).count("= quantize_per_tensor.tensor(") == 1
 

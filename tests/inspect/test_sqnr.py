@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import qpass
+from pipeline_run import Do
 from qpass.errors import InputError, QpassError
 from qpass.inspect.sqnr import sqnr
-from road import Do
 
 
 def returns(*outputs: object):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from pipeline_run import Do
 from qpass.capture.export import capture
 from qpass.ir.constants import Constants, expression, is_pure
 from qpass.ir.origins import Derived, derived_constants
-from road import Do
 
 
 def captured(function: Callable[..., Any]) -> fx.GraphModule:

@@ -8,12 +8,12 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from interpret import assert_true_vals, operators
+from pipeline_run import Do
 from qpass.capture.export import capture
 from qpass.ir.attributes import free_name, get_constant, owner_of, set_constant
 from qpass.ir.editor import INHERITED, Editor, erase_dead
 from qpass.ir.fake import fake_call, fake_mode_of, refresh_val
 from qpass.ir.module import Draft, copy_graph_module, rebuild
-from road import Do
 
 aten = torch.ops.aten
 

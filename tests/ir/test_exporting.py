@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import qpass
+from pipeline_run import PER_TOKEN, STATIC
 from qpass.errors import InputError
 from qpass.ir.exporting import WARNED_KEY, ExportWarning, warn_of_export
-from road import PER_TOKEN, STATIC
 
 X = torch.randn(4, 8)
 

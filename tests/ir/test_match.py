@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from pipeline_run import Do
 from qpass.capture.export import capture
 from qpass.ir.expression import Expr, Var, aten, build
 from qpass.ir.match import Match, Matcher, argument_names, normalized
-from road import Do
 
 
 def last(function: Callable[..., Tensor], inputs: int = 2) -> fx.Node:

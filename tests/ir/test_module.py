@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import qpass
+from pipeline_run import STATIC, Do, same
 from qpass.ir.module import GraphModule
 from qpass.ir.record import graph_record
-from road import STATIC, Do, same
 
 X = torch.randn(4, 8)
 

@@ -9,9 +9,10 @@ from torch import Tensor, fx, nn
 
 import qpass
 from interpret import operators
+from pipeline_run import STATIC, Do, run_stages
 from qpass.capture.export import capture
 from qpass.errors import ConfigError, ConvertError, InputError, VerifyError
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.module import copy_graph_module, rebuild
 from qpass.ir.pipeline import PassRun, Pipeline
 from qpass.ir.record import Stage, graph_record
@@ -19,7 +20,6 @@ from qpass.ir.text import target_name
 from qpass.ir.verify import verify
 from qpass.quantize.pipelines import lower_pipeline
 from qpass.targets import X86
-from road import STATIC, Do, road
 
 aten = torch.ops.aten
 
@@ -143,7 +143,7 @@ MODELS: dict[str, tuple[nn.Module, Tensor]] = {
 def test_the_real_passes_leave_a_valid_graph_each(name: str) -> None:
     """Verified between all of them; the graph computes what the quantized one computes after each."""
     model, x = MODELS[name]
-    quantized = road(model, x).quantized
+    quantized = run_stages(model, x).quantized
     expected = quantized(x)
     stages: list[tuple[str, Stage]] = []
 
@@ -165,7 +165,7 @@ def test_the_real_passes_leave_a_valid_graph_each(name: str) -> None:
 
 
 def test_a_road_ends_where_it_says() -> None:
-    r = road(nn.Linear(4, 4), torch.randn(3, 4), config=STATIC)
+    r = run_stages(nn.Linear(4, 4), torch.randn(3, 4), config=STATIC)
     assert [graph_record(gm).stage for gm in r[:3]] == ["prepared", "quantized", "lowered"]
 
 

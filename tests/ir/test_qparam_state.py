@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import qpass
+from pipeline_run import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, same
 from qpass import Config, PerChannel, PerGroup, PerTensor, QuantizationSpec
 from qpass.errors import StateError
 from qpass.spec.fake_quantize.spec_state import text_of
-from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, same
 
 X = torch.linspace(-3, 2, 32).reshape(4, 8).sin()
 

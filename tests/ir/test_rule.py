@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from interpret import operators
+from pipeline_run import Do
 from qpass.capture.export import capture
 from qpass.ir.constants import Constants
 from qpass.ir.editor import Editor
 from qpass.ir.expression import Expr, aten
 from qpass.ir.match import Match
 from qpass.ir.rule import Refusal, Rule, apply_rules, require
-from road import Do
 
 
 class NegatedDifference(Rule):

@@ -5,9 +5,9 @@ import operator
 import torch
 from torch import fx, nn
 
+from pipeline_run import STATIC, Do, run_stages
 from qpass.capture.export import capture
 from qpass.ir.text import graph_text, target_name
-from road import STATIC, Do, road
 
 
 def test_one_line_a_node_constants_by_name() -> None:
@@ -30,7 +30,7 @@ def test_numbers_are_short_and_keywords_named() -> None:
 
 
 def test_shapes_on_request() -> None:
-    gm = road(nn.Linear(4, 2), torch.randn(3, 4), config=STATIC).quantized
+    gm = run_stages(nn.Linear(4, 2), torch.randn(3, 4), config=STATIC).quantized
     text = graph_text(gm, shapes=True).splitlines()
     assert text[0].endswith("# float32[2, 4]")
     assert text[-2].startswith("linear = linear(")
@@ -42,7 +42,7 @@ def test_the_text_is_the_same_for_the_same_model() -> None:
     texts = []
     for _ in range(2):
         torch.manual_seed(0)
-        texts.append(graph_text(road(nn.Linear(4, 2), torch.randn(3, 4)).lowered))
+        texts.append(graph_text(run_stages(nn.Linear(4, 2), torch.randn(3, 4)).lowered))
     assert texts[0] == texts[1]
 
 

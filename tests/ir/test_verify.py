@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import fx, nn
 
+from pipeline_run import Do, run_stages
 from qpass.capture.export import capture
 from qpass.errors import VerifyError
 from qpass.ir.editor import Editor
 from qpass.ir.record import STAGES
 from qpass.ir.verify import verify
 from qpass.ops import graph_ops as ops
-from road import Do, road
 
 
 def captured() -> fx.GraphModule:
@@ -26,7 +26,7 @@ def fault(gm: fx.GraphModule, stage: Any) -> str:
 
 
 def test_what_the_road_makes_is_valid_at_its_stage() -> None:
-    r = road(nn.Linear(4, 4), torch.randn(3, 4))
+    r = run_stages(nn.Linear(4, 4), torch.randn(3, 4))
     graphs = {"captured": captured(), "prepared": r.prepared, "quantized": r.quantized, "lowered": r.lowered}
     for stage in STAGES:
         verify(graphs[stage], stage)
@@ -42,7 +42,7 @@ def test_what_the_road_makes_is_valid_at_its_stage() -> None:
     ],
 )
 def test_a_stage_does_not_pass_for_another(made: str, claimed: Any, expected: str) -> None:
-    gm = getattr(road(nn.Linear(4, 4), torch.randn(3, 4)), made)
+    gm = getattr(run_stages(nn.Linear(4, 4), torch.randn(3, 4)), made)
     assert fault(gm, claimed).endswith(expected)
 
 
@@ -90,7 +90,7 @@ def test_a_sub_module_that_is_no_observer() -> None:
     gm.add_module("dropout", nn.Dropout())
     (relu,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
     Editor(gm).module("dropout", relu, like=relu, before=relu.next)
-    expected = "calls a sub-module that is neither an observer nor one of qpass.ir.modes"
+    expected = "calls a sub-module that is neither an observer nor one of qpass.ir.training_modules"
     assert fault(gm, "prepared") == f"the prepared graph is not valid: dropout (dropout) {expected}"
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qpass
+from pipeline_run import STATIC, WEIGHT_ONLY, Do
 from qpass.errors import StrictError
 from qpass.patterns import CARRIED, OF_WEIGHTS
-from road import STATIC, WEIGHT_ONLY, Do
 
 aten = torch.ops.aten
 DYNAMIC = qpass.presets.int8_dynamic(compute_dtype=None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from pipeline_run import PER_TOKEN, STATIC, Do, run_stages
 from qpass.capture.export import capture
 from qpass.ir.editor import Editor
 from qpass.ir.expression import Expr, aten
@@ -24,7 +25,6 @@ from qpass.patterns import Linear
 from qpass.patterns.epilogues import add, relu
 from qpass.spec import PerTensor, PerToken, QuantizationSpec
 from qpass.targets import Kernel, Output, Target
-from road import PER_TOKEN, STATIC, Do, road
 
 LINEAR = torch.ops.aten.linear.default
 FUSIONS = {(), ("relu",), ("add",), ("add", "relu")}
@@ -144,7 +144,7 @@ def test_a_target_without_kernels_is_named() -> None:
 
 @pytest.mark.parametrize(("config", "quantized"), [(STATIC, {"x", "w"}), (PER_TOKEN, {"x", "w"})])
 def test_the_quantized_form_is_derived(config: Any, quantized: set[str]) -> None:
-    gm = road(block(lambda m, x: torch.relu(m.a(x))), torch.randn(4, 8), config=config).quantized
+    gm = run_stages(block(lambda m, x: torch.relu(m.a(x))), torch.randn(4, 8), config=config).quantized
     (node,) = gm.graph.find_nodes(op="call_function", target=LINEAR)
     m = next(Linear().matches(node, {()}))
     assert set(quantized_operands(m)) == quantized

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from pipeline_run import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, run_stages
 from qpass.capture.export import capture
 from qpass.ir.constants import Constants
 from qpass.islands.island import qparams_op, spec_of, uncast
 from qpass.islands.qdq import QParams, as_dequantize, as_quantize, cast_of, only_quantize
 from qpass.ops import graph_ops as ops
 from qpass.spec import PerChannel, PerGroup, PerTensor, PerToken, QuantizationSpec
-from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, road
 
 BYTE = (0, 255, torch.uint8)
 SIGNED = (-127, 127, torch.int8)
@@ -90,13 +90,13 @@ SPECS = {
 @pytest.mark.parametrize("name", SPECS)
 def test_the_spec_that_was_asked_for_is_the_spec_that_is_read(name: str) -> None:
     config, expected = SPECS[name]
-    gm = road(torch.nn.Linear(16, 8), torch.randn(4, 16), config=config).quantized
+    gm = run_stages(torch.nn.Linear(16, 8), torch.randn(4, 16), config=config).quantized
     read = [spec_of(qparams, Constants(gm)) for qparams in pairs(gm)]
     # The observer is chosen in `prepare`; the graph does not say which it was.
     assert read == [QuantizationSpec(s.dtype, s.granularity, s.symmetric, s.dynamic, *s.range) for s in expected if s]
 
 
 def test_a_dynamic_zero_point_names_the_operator_that_chose_it() -> None:
-    gm = road(torch.nn.Linear(16, 8), torch.randn(4, 16), config=PER_TENSOR).quantized
+    gm = run_stages(torch.nn.Linear(16, 8), torch.randn(4, 16), config=PER_TENSOR).quantized
     dynamic = next(qparams for qparams in pairs(gm) if isinstance(qparams.granularity, PerTensor))
     assert qparams_op(dynamic.zero_point) is ops.choose_qparams.tensor

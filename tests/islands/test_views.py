@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline_run import Do
 from qpass.capture.export import capture
 from qpass.islands.views import JOINS, MONOTONE, MOVES, carried
 from qpass.ops import graph_ops as ops
-from road import Do
 
 QPARAMS = (0.1, 7, 0, 255, torch.uint8)
 

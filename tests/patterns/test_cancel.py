@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, fx
 
 from interpret import operators
+from pipeline_run import Do
 from qpass.capture.export import capture
 from qpass.ir.rule import apply_rules
 from qpass.ops import graph_ops as ops
 from qpass.patterns.cancel import Requantize
-from road import Do
 
 FIRST = (0.1, 3, 0, 255, torch.uint8)
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interpret import operators
+from pipeline_run import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, decisions, kernel_names, reason, run_stages
 from qpass.spec import PerChannel, PerTensor, QuantizationSpec
 from qpass.spec.config import Config
-from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, decisions, kernel_names, reason, road
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -30,7 +30,7 @@ def settled(norm: Any) -> Any:
 
 def test_batch_norm_and_activation_run_in_the_kernel() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), settled(nn.BatchNorm2d(4)), nn.ReLU(), nn.Conv2d(4, 4, 3))
-    r = road(model, image(3))
+    r = run_stages(model, image(3))
     assert (
         operators(r.prepared)
         == """\
@@ -77,7 +77,7 @@ return [clone]"""
 
 
 def test_one_dimension_is_an_image_of_one_row() -> None:
-    r = road(nn.Conv1d(3, 4, 3, stride=2, padding=1), image(3, rank=1))
+    r = run_stages(nn.Conv1d(3, 4, 3, stride=2, padding=1), image(3, rank=1))
     kernel = "unsqueeze, s, z, packed(weight), bias, [1, 2], [0, 1], [1, 1], 1, 1, 0, float32, none, [], none"
     assert (
         operators(r.lowered)
@@ -101,14 +101,14 @@ def test_batch_norm_then_activation_then_depthwise(rank: int, activation: str) -
         a=CONV[rank](4, 6, 3, padding=1, bias=False), norm=settled(NORM[rank](6)),
         b=CONV[rank](6, 6, 3, groups=6, stride=2, padding=1), c=CONV[rank](6, 4, 3, groups=2, dilation=2, padding=2),
     )  # fmt: skip
-    r = road(model, image(rank=rank))
+    r = run_stages(model, image(rank=rank))
     behind = "" if rank == 3 else f" with {activation}, quantize"
     assert kernel_names(r.lowered) == [f"onednn.qconv{behind}", f"onednn.qconv{behind}", "onednn.qconv"]
     assert len(r.kernels) == 3
 
 
 def test_an_activation_that_no_convolution_fuses_stays_behind() -> None:
-    r = road(nn.Sequential(nn.Conv2d(4, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3)), image())
+    r = run_stages(nn.Sequential(nn.Conv2d(4, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3)), image())
     assert kernel_names(r.lowered) == ["onednn.qconv", "onednn.qconv"]
 
 
@@ -121,7 +121,7 @@ def test_a_shortcut_is_added_by_the_kernel(rank: int, relu: bool) -> None:
 
     conv = CONV[rank]
     model = Do(block, a=conv(4, 4, 3, padding=1), b=conv(4, 4, 3, padding=1), c=conv(4, 4, 3))
-    r = road(model, image(rank=rank))
+    r = run_stages(model, image(rank=rank))
     fused = "add, relu" if relu else "add"
     names = ["onednn.qconv with quantize", f"onednn.qconv (add) with {fused}, quantize", "onednn.qconv"]
     assert kernel_names(r.lowered) == names
@@ -131,7 +131,7 @@ def test_a_shortcut_is_added_by_the_kernel(rank: int, relu: bool) -> None:
 def test_a_shortcut_that_is_read_again_is_copied_before_the_kernel_writes_to_it() -> None:
     model = Do(lambda m, x: (m.c(m.b(y := m.a(x)) + y), m.d(y)), b=nn.Conv2d(4, 4, 3, padding=1),
                a=nn.Conv2d(4, 4, 3), c=nn.Conv2d(4, 4, 3), d=nn.Conv2d(4, 4, 3))  # fmt: skip
-    r = road(model, image())  # fails where a node reads what another has written to
+    r = run_stages(model, image())  # fails where a node reads what another has written to
     assert "onednn.qconv (add) with add, quantize" in kernel_names(r.lowered)
     assert "clone(qconv_pointwise" in operators(r.lowered)
 
@@ -139,7 +139,7 @@ def test_a_shortcut_that_is_read_again_is_copied_before_the_kernel_writes_to_it(
 def test_a_shortcut_that_nothing_reads_later_is_not_copied() -> None:
     model = Do(lambda m, x: m.c(m.b(x) + m.a(x)),
                a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(4, 4, 3), c=nn.Conv2d(4, 4, 3))  # fmt: skip
-    text = operators(road(model, image()).lowered)
+    text = operators(run_stages(model, image()).lowered)
     assert text.count("clone(") == 1
     assert text.splitlines()[-1] == "return [clone]"  # what leaves the model has the layout of the float model
 
@@ -147,7 +147,7 @@ def test_a_shortcut_that_nothing_reads_later_is_not_copied() -> None:
 def test_a_sum_that_is_not_rounded_is_added_in_float() -> None:
     """The kernel that adds writes codes; before the end of a model nothing asks for them."""
     model = Do(lambda m, x: m.b(x) + m.a(x), a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(4, 4, 3))
-    r = road(model, image())
+    r = run_stages(model, image())
     assert kernel_names(r.lowered) == ["onednn.qconv", "onednn.qconv with quantize"]
     assert operators(r.lowered).splitlines()[-3].startswith("add = add.Tensor(")
 
@@ -159,7 +159,7 @@ def test_batch_norms_that_do_not_fold(name: str) -> None:
         "two readers": Do(lambda m, x: (m.n(y := m.a(x)), y), a=nn.Conv2d(4, 4, 3), n=settled(nn.BatchNorm2d(4))),
         "batch norm after relu": nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), settled(nn.BatchNorm2d(4))),
     }
-    r = road(models[name], image())
+    r = run_stages(models[name], image())
     assert "batch_norm(" in operators(r.lowered)
     op = "batch_norm 1" if name == "batch norm twice" else "batch_norm"
     expected = "a batch norm that does not directly follow a quantized convolution is not folded"
@@ -170,7 +170,7 @@ def test_batch_norms_that_do_not_fold(name: str) -> None:
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_padding_by_name(rank: int, padding: str) -> None:
     model = nn.Sequential(CONV[rank](4, 4, 3, padding=padding, dilation=2), settled(NORM[rank](4)))
-    r = road(model, image(rank=rank))
+    r = run_stages(model, image(rank=rank))
     assert kernel_names(r.lowered) == ["onednn.qconv"]
     assert len(r.kernels) == 1
 
@@ -183,7 +183,7 @@ def test_padding_by_name(rank: int, padding: str) -> None:
 def test_signed_codes(activation: QuantizationSpec) -> None:
     """int8 activations are shifted to uint8; the kernel that adds takes uint8 alone, and the addition stays outside."""
     model = Do(lambda m, x: m.c(m.b(x) + m.a(x)), a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(4, 4, 3), c=nn.Conv2d(4, 4, 3))
-    r = road(model, image(), config=Config(activation=activation, weight=INT8_WEIGHT))
+    r = run_stages(model, image(), config=Config(activation=activation, weight=INT8_WEIGHT))
     kernels = [name.partition(" with")[0] for name in kernel_names(r.lowered)]
     assert kernels == ["onednn.qconv", "onednn.qconv", "fused loop", "onednn.qconv"]
     assert "bitwise_xor" in operators(r.lowered)
@@ -191,7 +191,7 @@ def test_signed_codes(activation: QuantizationSpec) -> None:
 
 def test_channels_last_images() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last)
-    r = road(model, image().to(memory_format=torch.channels_last))
+    r = run_stages(model, image().to(memory_format=torch.channels_last))
     assert kernel_names(r.lowered) == ["onednn.qconv with relu, quantize", "onednn.qconv"]
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline_run import PER_TOKEN, STATIC, WEIGHT_ONLY, Do, decisions, kernel_names, run_stages
 from qpass.patterns import OF_WEIGHTS
-from road import PER_TOKEN, STATIC, WEIGHT_ONLY, Do, decisions, kernel_names, road
 
 EINSUM = torch.ops.aten.einsum.default
 
@@ -38,9 +38,9 @@ def test_a_product_of_rows_and_one_stored_matrix_is_quantized(
 
 @pytest.mark.parametrize("config", [STATIC, PER_TOKEN, WEIGHT_ONLY], ids=["static", "per token", "weight only"])
 def test_it_runs_on_the_kernels_of_linears(config: object) -> None:
-    """`road` holds the kernel against the einsum of the q/dq graph, and the prepared model against the float one."""
-    found = road(model("bsi,oi->bso", 6, 8), torch.randn(2, 5, 8), config=config)  # type: ignore[arg-type]
-    linear = road(Do(lambda m, x: m.fc(x), fc=nn.Linear(8, 6, bias=False)), torch.randn(2, 5, 8), config=config)  # type: ignore[arg-type]
+    """`run_stages` compares the kernel with the einsum of the q/dq graph, and the prepared model with the float one."""
+    found = run_stages(model("bsi,oi->bso", 6, 8), torch.randn(2, 5, 8), config=config)  # type: ignore[arg-type]
+    linear = run_stages(Do(lambda m, x: m.fc(x), fc=nn.Linear(8, 6, bias=False)), torch.randn(2, 5, 8), config=config)  # type: ignore[arg-type]
     assert kernel_names(found.lowered) == kernel_names(linear.lowered) != []
 
 

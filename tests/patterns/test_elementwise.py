@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from interpret import operators
-from road import Do, decisions, kernel_names, reason, road
+from pipeline_run import Do, decisions, kernel_names, reason, run_stages
 
 ADD, MUL = (lambda a, b: a + b), (lambda a, b: a * b)
 
@@ -25,7 +25,7 @@ def two_branches(combine: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
 
 @pytest.mark.parametrize(("name", "combine"), [("add", ADD), ("mul", MUL)])
 def test_codes_are_read_where_convolutions_write_them(name: str, combine: Callable[[Tensor, Tensor], Tensor]) -> None:
-    r = road(two_branches(combine), torch.randn(2, 4, 9, 9))
+    r = run_stages(two_branches(combine), torch.randn(2, 4, 9, 9))
     text = operators(r.lowered)
     # The second and third uses of the branches share their codes.
     assert f"{name} = {name}.Tensor(dequantize_per_tensor_1, dequantize_per_tensor_2)" in text
@@ -34,7 +34,7 @@ def test_codes_are_read_where_convolutions_write_them(name: str, combine: Callab
 
 
 def test_relu_is_part_of_the_loop() -> None:
-    r = road(two_branches(lambda a, b: torch.relu(a * b)), torch.randn(2, 4, 9, 9))
+    r = run_stages(two_branches(lambda a, b: torch.relu(a * b)), torch.randn(2, 4, 9, 9))
     assert "fused loop with relu" in kernel_names(r.lowered)
 
 

@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from interpret import operators
+from pipeline_run import PER_TOKEN, STATIC, WEIGHT_ONLY, Do, kernel_names, reason, run_stages, same
 from qpass.spec import PerChannel, PerTensor, QuantizationSpec
 from qpass.spec.config import Config
-from road import PER_TOKEN, STATIC, WEIGHT_ONLY, Do, kernel_names, reason, road, same
 
 IDS = torch.tensor([[3, 1, 19], [0, 3, 7]])
 
 
 def test_only_the_rows_that_are_looked_up_are_dequantized() -> None:
-    r = road(nn.Embedding(20, 16), IDS, config=WEIGHT_ONLY)
+    r = run_stages(nn.Embedding(20, 16), IDS, config=WEIGHT_ONLY)
     assert (
         operators(r.prepared)
         == """\
@@ -47,7 +47,7 @@ return [mul_tensor]"""
 
 @pytest.mark.parametrize("config", [STATIC, PER_TOKEN, WEIGHT_ONLY], ids=["static", "token", "w"])
 def test_every_preset_rounds_the_table_alike(config: Config) -> None:
-    r = road(nn.Embedding(20, 16, padding_idx=3), IDS, config=config)
+    r = run_stages(nn.Embedding(20, 16, padding_idx=3), IDS, config=config)
     assert kernel_names(r.lowered) == ["int8 gather"]
     table = r.quantized.weight_codes
     assert table.dtype == torch.int8
@@ -56,7 +56,7 @@ def test_every_preset_rounds_the_table_alike(config: Config) -> None:
 
 
 def test_a_table_shared_with_a_linear_is_rounded_once_for_each_use() -> None:
-    r = road(Do(lambda m, ids: F.linear(m.e(ids), m.e.weight), e=nn.Embedding(20, 16)), IDS)
+    r = run_stages(Do(lambda m, ids: F.linear(m.e(ids), m.e.weight), e=nn.Embedding(20, 16)), IDS)
     assert kernel_names(r.lowered) == ["int8 gather", "onednn.qlinear"]
 
 

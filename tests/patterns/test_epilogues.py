@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline_run import Do
 from qpass.capture.export import capture
 from qpass.islands.island import Epilogue
 from qpass.patterns import epilogues
-from road import Do
 
 SPELLINGS: list[tuple[Epilogue, Callable[[Any, Tensor], Tensor], dict[str, Any]]] = [
     (epilogues.relu, lambda m, y: F.relu(y), {}),

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pipeline_run import Do, decisions
 from qpass.quantize.passes.annotate import uncovered
-from road import Do, decisions
 
 ATTENTION = (
     "attention multiplies two activations, whose codes would have to be packed at run time; "

@@ -9,10 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interpret import operators
+from pipeline_run import (
+    PER_TENSOR,
+    PER_TOKEN,
+    STATIC,
+    WEIGHT_BFLOAT16,
+    WEIGHT_ONLY,
+    Do,
+    decisions,
+    kernel_names,
+    reason,
+    run_stages,
+)
 from qpass.presets import int8_static, int8_weight_only
 from qpass.spec import PerChannel, PerTensor, PerToken, QuantizationSpec
 from qpass.spec.config import Config
-from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_BFLOAT16, WEIGHT_ONLY, Do, decisions, kernel_names, reason, road
 
 CONFIGS = [STATIC, PER_TENSOR, PER_TOKEN, WEIGHT_BFLOAT16]
 INT8_WEIGHT = QuantizationSpec(torch.int8, PerChannel(0))
@@ -23,7 +34,7 @@ def linear() -> nn.Linear:
 
 
 def test_static() -> None:
-    r = road(linear(), torch.randn(4, 16))
+    r = run_stages(linear(), torch.randn(4, 16))
     assert (
         operators(r.prepared)
         == """\
@@ -55,7 +66,7 @@ return [qlinear_pointwise]"""
 
 
 def test_dynamic_per_token() -> None:
-    r = road(linear(), torch.randn(4, 16), config=PER_TOKEN)
+    r = run_stages(linear(), torch.randn(4, 16), config=PER_TOKEN)
     assert (
         operators(r.quantized)
         == """\
@@ -81,7 +92,7 @@ return [linear]"""
 
 
 def test_dynamic_per_tensor() -> None:
-    r = road(linear(), torch.randn(4, 16), config=PER_TENSOR)
+    r = run_stages(linear(), torch.randn(4, 16), config=PER_TENSOR)
     kernel = (
         "onednn.qlinear_pointwise.tensor(quantize_per_tensor_tensor, getitem, getitem_1, packed(weight), bias, "
         "1, 0, float32, none, [], none)"
@@ -101,7 +112,7 @@ return [qlinear_pointwise_tensor]"""
 
 def test_a_weight_alone_in_float32_is_dequantized_and_the_report_says_so() -> None:
     """The packed kernel multiplies float32 rows in scalar code, at a quarter of the speed of float32 or less."""
-    r = road(linear(), torch.randn(4, 16), config=WEIGHT_ONLY)
+    r = run_stages(linear(), torch.randn(4, 16), config=WEIGHT_ONLY)
     assert (
         operators(r.lowered)
         == operators(r.quantized)
@@ -117,7 +128,7 @@ return [linear]"""
 
 def test_weight_only_in_groups() -> None:
     """No kernel reads groups: the weight is stored as codes and multiplied in float, and the record says so."""
-    r = road(linear(), torch.randn(4, 16), config=int8_weight_only(group_size=4, compute_dtype=None))
+    r = run_stages(linear(), torch.randn(4, 16), config=int8_weight_only(group_size=4, compute_dtype=None))
     assert (
         operators(r.lowered)
         == operators(r.quantized)
@@ -134,14 +145,14 @@ return [linear]"""
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(16,), (4, 16), (2, 3, 16), (2, 3, 5, 16)], ids=["1d", "2d", "3d", "4d"])
 def test_inputs_of_every_rank(shape: tuple[int, ...], bias: bool, config: Config) -> None:
-    r = road(nn.Linear(16, 8, bias=bias), torch.randn(shape), config=config)
+    r = run_stages(nn.Linear(16, 8, bias=bias), torch.randn(shape), config=config)
     assert len(r.kernels) == 1
     assert len(kernel_names(r.lowered)) == 1
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["static", "tensor", "token", "w"])
 def test_the_batch_size_of_the_example_is_not_baked_in(config: Config) -> None:
-    r = road(linear(), torch.randn(4, 3, 16), config=config)
+    r = run_stages(linear(), torch.randn(4, 3, 16), config=config)
     for batch in (1, 2, 7):
         x = torch.randn(batch, 3, 16)
         # 16 products of values below 4 with weights below 1/4, in another order of sums: errors below 32 * 2**-24 * 4.
@@ -160,13 +171,13 @@ ACTIVATIONS: list[tuple[str, Callable[[Tensor], Tensor]]] = [
 @pytest.mark.parametrize("config", [STATIC, PER_TENSOR], ids=["static", "dynamic"])
 def test_activations_are_fused(name: str, activation: Callable[[Tensor], Tensor], config: Config) -> None:
     model = Do(lambda m, x: m.b(activation(m.a(4 * x))), a=linear(), b=nn.Linear(8, 8))
-    r = road(model, torch.randn(4, 16), config=config)
+    r = run_stages(model, torch.randn(4, 16), config=config)
     rounded = ", quantize" if config is STATIC else ""
     assert kernel_names(r.lowered) == [f"onednn.qlinear with {name}{rounded}", "onednn.qlinear"]
 
 
 def test_an_activation_no_kernel_knows_stays_behind_the_kernel() -> None:
-    r = road(Do(lambda m, x: torch.tanh(m.a(x)), a=linear()), torch.randn(4, 16))
+    r = run_stages(Do(lambda m, x: torch.tanh(m.a(x)), a=linear()), torch.randn(4, 16))
     assert operators(r.lowered).splitlines()[-2:] == ["tanh = tanh(qlinear_pointwise)", "return [tanh]"]
 
 
@@ -174,26 +185,26 @@ def test_an_activation_no_kernel_knows_stays_behind_the_kernel() -> None:
 @pytest.mark.parametrize("config", [STATIC, PER_TENSOR], ids=["static", "dynamic"])
 def test_a_residual_is_added_by_the_kernel(add: Callable[[Tensor, Tensor], Tensor], config: Config) -> None:
     model = Do(lambda m, x, y: torch.relu(add(m.a(x), y)), a=linear())
-    r = road(model, torch.randn(4, 16), torch.randn(4, 8), config=config)
+    r = run_stages(model, torch.randn(4, 16), torch.randn(4, 8), config=config)
     assert kernel_names(r.lowered) == ["onednn.qlinear with add, relu"]
-    r = road(Do(lambda m, x, y: add(m.a(x), y), a=linear()), torch.randn(16), torch.randn(8), config=config)
+    r = run_stages(Do(lambda m, x, y: add(m.a(x), y), a=linear()), torch.randn(16), torch.randn(8), config=config)
     assert kernel_names(r.lowered) == ["onednn.qlinear with add"]
 
 
 def test_a_residual_that_broadcasts_is_not() -> None:
     model = Do(lambda m, x, y: m.a(x) + y, a=linear())
     inputs = torch.randn(4, 16), torch.randn(8)
-    assert kernel_names(road(model, *inputs).lowered) == ["onednn.qlinear"]
+    assert kernel_names(run_stages(model, *inputs).lowered) == ["onednn.qlinear"]
     assert decisions(model, *inputs)["add.Tensor"].reason == "the operands differ in shape"
 
 
 def test_a_result_added_to_itself_is_not_a_residual() -> None:
-    r = road(Do(lambda m, x: (y := m.a(x)) + y, a=linear()), torch.randn(4, 16))
+    r = run_stages(Do(lambda m, x: (y := m.a(x)) + y, a=linear()), torch.randn(4, 16))
     assert kernel_names(r.lowered) == ["onednn.qlinear"]
 
 
 def test_a_result_that_two_read_is_not_fused() -> None:
-    r = road(Do(lambda m, x: (torch.relu(y := m.a(x)), y), a=linear()), torch.randn(4, 16))
+    r = run_stages(Do(lambda m, x: (torch.relu(y := m.a(x)), y), a=linear()), torch.randn(4, 16))
     assert kernel_names(r.lowered) == ["onednn.qlinear"]
 
 
@@ -208,14 +219,14 @@ def test_a_result_that_two_read_is_not_fused() -> None:
 )
 def test_other_codes_of_activations(activation: QuantizationSpec, kernels: list[str]) -> None:
     model = nn.Sequential(linear(), nn.ReLU(), nn.Linear(8, 8))
-    r = road(model, torch.randn(4, 16), config=Config(activation=activation, weight=INT8_WEIGHT))
+    r = run_stages(model, torch.randn(4, 16), config=Config(activation=activation, weight=INT8_WEIGHT))
     assert kernel_names(r.lowered) == [*kernels, "onednn.qlinear"]
 
 
 def test_a_float_reader_gets_bfloat16_from_the_kernel() -> None:
     model = Do(lambda m, x, y: m.a(x) @ y, a=linear())
     inputs = torch.randn(2, 4, 16), torch.randn(2, 8, 3)
-    r = road(model, *inputs, config=int8_static(compute_dtype=torch.bfloat16))
+    r = run_stages(model, *inputs, config=int8_static(compute_dtype=torch.bfloat16))
     assert kernel_names(r.lowered) == ["onednn.qlinear with cast to bfloat16"]
     assert r.lowered(*inputs).dtype == torch.float32
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from interpret import operators
-from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_BFLOAT16, Do, decisions, kernel_names, reason, road
+from pipeline_run import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_BFLOAT16, Do, decisions, kernel_names, reason, run_stages
 
 
 def weight() -> nn.Parameter:
@@ -17,7 +17,9 @@ def weight() -> nn.Parameter:
 
 
 def test_a_product_with_a_stored_matrix() -> None:
-    r = road(Do(lambda m, x: torch.addmm(m.b, x, m.w), w=weight(), b=nn.Parameter(torch.randn(8))), torch.randn(4, 16))
+    r = run_stages(
+        Do(lambda m, x: torch.addmm(m.b, x, m.w), w=weight(), b=nn.Parameter(torch.randn(8))), torch.randn(4, 16)
+    )
     assert (
         operators(r.quantized)
         == """\
@@ -60,14 +62,14 @@ KERNELS = {
 def test_every_spelling_runs_on_the_kernel(spelling: str, config: Any) -> None:
     function, shape = SPELLINGS[spelling]
     model = Do(function, w=weight(), v=nn.Parameter(torch.randn(8, 16)), b=nn.Parameter(torch.randn(8)))
-    r = road(model, torch.randn(shape), config=config)
+    r = run_stages(model, torch.randn(shape), config=config)
     (kernel,) = kernel_names(r.lowered)
     assert kernel.removesuffix(f" chosen for about {math.prod(shape[:-1])} rows, as in the example") == KERNELS[config]
     assert len(r.kernels) == 1
 
 
 def test_epilogues_as_for_a_linear() -> None:
-    r = road(Do(lambda m, x, y: torch.relu(x @ m.w + y), w=weight()), torch.randn(4, 16), torch.randn(4, 8))
+    r = run_stages(Do(lambda m, x, y: torch.relu(x @ m.w + y), w=weight()), torch.randn(4, 16), torch.randn(4, 8))
     assert kernel_names(r.lowered) == ["onednn.qlinear with add, relu"]
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 import qpass
 from interpret import operators
+from pipeline_run import WEIGHT_BFLOAT16, Do, kernel_names, run_stages
 from qpass.targets.x86 import weight_only
-from road import WEIGHT_BFLOAT16, Do, kernel_names, road
 
 PACKED = "aten._weight_int8pack_mm"
 CAST = "aten.mm (codes cast to bfloat16)"
@@ -61,7 +61,7 @@ def test_the_kernel_follows_the_rows_and_is_the_graph_but_for_the_last_bit_of_bf
 @torch.no_grad()
 def test_a_number_of_rows_that_is_not_known_is_that_of_the_example_and_the_report_says_so() -> None:
     for rows, kernel in ((4, PACKED), (12, CAST)):
-        r = road(nn.Linear(16, 8), torch.randn(rows, 16), config=WEIGHT_BFLOAT16)
+        r = run_stages(nn.Linear(16, 8), torch.randn(rows, 16), config=WEIGHT_BFLOAT16)
         assert kernel_names(r.lowered) == [f"{kernel} chosen for about {rows} rows, as in the example"]
         for other in (1, 3, 20):
             x = torch.randn(other, 16)

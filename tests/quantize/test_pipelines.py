@@ -5,12 +5,12 @@ import torch
 from torch import Tensor, nn
 
 import qpass
+from pipeline_run import Do, kernel_names
 from qpass import passes
 from qpass.errors import ConfigError, InputError
 from qpass.ir.record import graph_record
 from qpass.presets import int8_dynamic, int8_static
 from qpass.targets import X86
-from road import Do, kernel_names
 
 
 def branches(m: nn.Module, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Compressed collectives in a graph that is ready for Inductor, or in any graph of functional collectives.
 
-``compress(gm, "int8")`` edits a graph that somebody traced; `inductor_pass.CompressCollectives` is the same for
+``compress(gm, "int8")`` edits any traced graph; `inductor_pass.CompressCollectives` is the same for
 Inductor's post-grad graph, the only place where a backward's collectives exist. The decision (`passes.insert_codecs`)
 and what follows from it (`passes.lower_collectives`) are passes of their own.
 """
@@ -21,11 +21,11 @@ from qpass.comm.graph.passes.lower_collectives import LowerCollectives
 from qpass.comm.graph.passes.resolve_sizes import ResolveSizes
 from qpass.comm.graph.passes.split_transfers import SplitTransfers
 from qpass.comm.graph.pieces import SEND
-from qpass.comm.policy.override import Seen
+from qpass.comm.policy.collective_override import OverrideMatches
 from qpass.comm.policy.policy import Policy, policy
 from qpass.comm.wire.codec import Codec
 from qpass.errors import ConfigError, StrictError
-from qpass.ir.frame import Pass
+from qpass.ir.graph_pass import Pass
 from qpass.ir.pipeline import Pipeline
 from qpass.ir.record import NodeRecord, records_of
 from qpass.ir.source import where
@@ -33,7 +33,7 @@ from qpass.ir.source import where
 
 def compress(
     gm: fx.GraphModule, comm: str | Codec | Policy | Mapping[str, Any], *, backward: bool = False,
-    strict: bool = False, inductor: bool = False, seen: Seen | None = None,
+    strict: bool = False, inductor: bool = False, seen: OverrideMatches | None = None,
     gradients: Collection[int] | None = None,
 ) -> fx.GraphModule:  # fmt: skip
     """Compress the functional collectives of ``gm``, in place, and return it; `collectives` tells what became of each.

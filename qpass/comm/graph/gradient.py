@@ -3,7 +3,7 @@
     sum -> view, cast, slice, scale, add, another sum -> output 3            "output_3"
     sum -> ... -> copy_(input 5, .)                                          "input_5"
 
-What a matmul reads is no such sum: an element of an activation's gradient is that of another sample at the next step.
+What a matmul reads does not count: an element of an activation's gradient is that of another sample at the next step.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def gradient_name(total: fx.Node, gradients: Collection[int] | None = None) -> s
             if reader.op == "output":
                 places = [place for place, each in enumerate(tree_leaves(reader.args[0])) if each is value]
                 others = [place for place in places if gradients is not None and place not in gradients]
-                require(not others, f"its sum leaves as output {min(others, default=0)}, which is no weight's gradient")
+                require(
+                    not others,
+                    f"its sum leaves as output {min(others, default=0)}, which is not the gradient of a weight",
+                )
                 names += [(place, f"output_{place}") for place in places]
             elif reader.target is aten.copy_.default and reader.args[0] in inputs and reader.args[1] is value:
                 place = inputs.index(reader.args[0])

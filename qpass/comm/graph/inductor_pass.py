@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import fx
 
 from qpass import torch_private
+from qpass.comm.graph.collective_records import CollectiveRecords, keep
 from qpass.comm.graph.compress import collectives, compress, left_to_inductor
-from qpass.comm.graph.decisions import GraphDecisions, keep
 from qpass.comm.graph.passes.insert_codecs import seen_in
 from qpass.comm.policy.policy import Policy
 from qpass.ir.source import module_stack
@@ -46,7 +46,7 @@ class CompressCollectives(torch_private.CustomGraphPass):
         compress(gm, self.policy, strict=self.strict, inductor=True, seen=seen, **how)
         overrides = tuple(seen.looked_for(self.policy.overrides))
         records = tuple(collectives(gm))
-        keep(GraphDecisions(self.backward, records, overrides, left_to_inductor(self.policy, records)))
+        keep(CollectiveRecords(self.backward, records, overrides, left_to_inductor(self.policy, records)))
 
     def uuid(self) -> str:
         """What a cached graph depends on: policy, modules, the groups as they are now, torch, every source of qpass."""

@@ -13,19 +13,19 @@ import torch
 from torch import fx
 
 from qpass.comm.graph.collective import WAIT, as_collective
-from qpass.islands.qdq import Pair
+from qpass.islands.qdq import QdqNode
 
 SHARED_KEY = "qpass_shared"
-"""``meta`` key on a quantize or dequantize node: somebody saw to it that all ranks have its scale and zero point."""
+"""``meta`` key on a quantize or dequantize node: a pass made sure that all ranks have its scale and zero point."""
 
 
 Origin = Literal["shared", "constant", "own"]
 
 
-def are_shared(pair: Pair, group: Any) -> bool:
+def are_shared(pair: QdqNode, group: Any) -> bool:
     """Whether all ranks of ``group`` have the qparams of a quantize or dequantize node, as far as the graph can tell.
 
-    A number that the graph holds is no proof, since each rank may have calibrated its own; only a zero point beside a
+    A number in the graph proves nothing, since each rank may have calibrated its own; only a zero point beside a
     scale that is computed is a constant of the program.
     """
     if pair.node.meta.get(SHARED_KEY):

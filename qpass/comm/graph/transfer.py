@@ -1,6 +1,6 @@
-"""What every collective rule does: it sends a payload where values were sent, and waits for it where they were.
+"""Sending a payload in the place of values, and waiting for it where the values were waited for.
 
-Bytes are what travels, since every transport carries uint8 and none does arithmetic on it.
+A payload is sent as uint8: every transport carries it, and none does arithmetic on it.
 """
 
 from __future__ import annotations

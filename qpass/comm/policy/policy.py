@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from qpass.comm.policy.collective_override import Override, Place, check_kind
 from qpass.comm.policy.cost import Decision, Link, decide
-from qpass.comm.policy.override import Override, Place, check_kind
 from qpass.comm.wire.codec import Codec, codec
 from qpass.comm.wire.feedback import Feedback
 from qpass.errors import ConfigError, InputError, near

@@ -54,7 +54,7 @@ class PythonBucket:
 class PythonReducer:
     """Counts the parameters that a hook is given one by one.
 
-    Graphs break at a call of `average`: what the hook keeps and counts is no part of one.
+    Graphs break at a call of `average`, because no graph can hold what the hook keeps and counts.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """Feedback: what rounding (`qpass.comm.wire.fed_rounding`) took from the tensors of a compiled program on this rank.
 
-The residuals are no part of a graph: a `Feedback` holds them, and the graph names them by ``state``. So a compiled
+The residuals are not part of a graph: a `Feedback` holds them, and the graph names them by ``state``. So a compiled
 graph that a cache serves in another process finds the residuals of that process.
 """
 
@@ -73,7 +73,7 @@ class Feedback:
 
         Raises:
             ConfigError: it was saved on another number of ranks, on another rank, or holds not all residuals.
-            InputError: something in ``state`` is no residual.
+            InputError: something in ``state`` is not a residual.
         """
         mine = own_state(state, "a qpass.comm.Feedback", "a new one")
         residuals = mine["residuals"]
@@ -81,7 +81,7 @@ class Feedback:
         for name, residual in residuals.items():
             is_residual = isinstance(residual, Tensor) and residual.dtype == torch.float32 and residual.dim() == 1
             if not is_residual or not re.fullmatch(r"\d+/\w+", str(name)):
-                what = f"{name!r} is no residual of error feedback."
+                what = f"{name!r} is not a residual of error feedback"
                 raise InputError(what, hint="load what state_dict() of a qpass.comm.Feedback gave")
         self._residuals = {name: residual.clone() for name, residual in residuals.items()}
         self._before.clear()

@@ -171,5 +171,5 @@ def parse(text: str) -> WireFormat:
             found[option] = True
         else:
             known = (*SCALES, "hadamard", "stochastic")
-            raise ConfigError(f"{option!r} in the wire format {text!r} is no option{near(option, known)}.")
+            raise ConfigError(f"{option!r} in the wire format {text!r} is not an option{near(option, known)}.")
     return WireFormat(name, **found)  # type: ignore[arg-type]

@@ -5,8 +5,9 @@
     decode_reduce(payloads, numel, dtype, form, divisor)   uint8 [W, payload_bytes] -> [numel], summed in rank order
 
 `form` is the written form of a `WireFormat` (``"int8:128:bf16"``), so that a graph says what it sends. `FORMULAS` gives
-each operator in plain ATen, for compilers that fuse it with its neighbours; the operators themselves run kernels that
-Inductor compiled (`qpass.comm.wire.compiled`). Codes have no derivative: none of the three passes a gradient on.
+each operator in plain ATen, for compilers that fuse it with its neighbours. The operators themselves run kernels that
+Inductor compiled (`qpass.comm.wire.compiled_kernels`). Codes have no derivative, so none of the three passes a
+gradient on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from qpass import torch_private
 from qpass.comm.wire import kernels as wire_kernels
-from qpass.comm.wire.compiled import encode_kernel, encoded, reduce_kernel, split
+from qpass.comm.wire.compiled_kernels import encode_kernel, encoded, reduce_kernel, split
 from qpass.comm.wire.format import CASTS, WireFormat, parse
 from qpass.errors import InputError
 
@@ -162,7 +163,7 @@ def _check_decode(payload: Tensor, dims: int, numel: int, dtype: torch.dtype, fo
     bytes_needed = wire.payload_bytes(numel)
     torch._check_value(
         payload.shape[-1] == bytes_needed,
-        lambda: f"{payload.shape[-1]} bytes are no payload of {numel} elements as {wire}: that takes {bytes_needed}.",
+        lambda: f"{payload.shape[-1]} bytes are not a payload of {numel} elements as {wire}: that takes {bytes_needed}",
     )
     return wire
 

@@ -35,12 +35,12 @@ def own_state(state: Mapping[str, Any], owner: str, new: str) -> dict[str, Any]:
         new: what to begin with on another number of ranks.
 
     Raises:
-        ConfigError: it is no such state, or was saved on another number of ranks, or on another rank.
+        ConfigError: it is not such a state, or was saved on another number of ranks, or on another rank.
     """
     rank, ranks = rank_and_ranks()
     whose = [key for key in state if isinstance(key, str) and key.startswith("rank ")]
     if "ranks" not in state or not whose:
-        raise ConfigError(f"This is no state of {owner}.", hint=f"load what state_dict() of {owner} gave")
+        raise ConfigError(f"this is not a state of {owner}", hint=f"load what state_dict() of {owner} gave")
     if state["ranks"] != ranks:
         raise ConfigError(
             f"The state is of {state['ranks']} ranks, and this run has {ranks}.",

@@ -12,7 +12,7 @@ class PassData:
     """One pass over one graph.
 
     Attributes:
-        name: the pass; ``stage``: what its pipeline makes, ``""`` for a pass of one's own.
+        name: the pass; ``stage``: what its pipeline makes, ``""`` for a pass from outside qpass.
         changes: how many changes the pass says it made, None where it does not say.
         seconds: its time, without the recording.
         diff: what it changed.

@@ -1,4 +1,4 @@
-"""Text that no name of a model can break."""
+"""ASCII text, so that names in a model cannot break what is printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Printing in colour, where there is somebody to see it."""
+"""Printing in colour on a terminal."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from qpass import torch_private
 from qpass.arithmetic.numerics import dtype_name
 from qpass.errors import ConfigError
 from qpass.ir.constants import Constants
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.record import FUSED_INTO, NodeRecord, describe, record_of, set_record
 from qpass.ir.rule import NotAsked, Refusal, require
 from qpass.ir.source import module_stack, where

@@ -11,7 +11,7 @@ from torch import fx
 
 from qpass.ir.alias import written
 from qpass.ir.constants import Constants
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.observer import is_observer
 from qpass.ir.record import record_of, set_record
 from qpass.islands.float_range import beyond, exceeds, read_exactly, shifts, whole_numbers

@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from qpass.ir.editor import Editor
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.record import describe, set_record
 from qpass.ir.rule import apply_rules
-from qpass.islands.qdq import Pair, as_dequantize
+from qpass.islands.qdq import QdqNode, as_dequantize
 from qpass.islands.views import JOINS, MONOTONE, carried
 from qpass.patterns.cancel import Requantize
 from qpass.spec import PerTensor
@@ -62,7 +62,7 @@ class CarryCodes(Pass):
         return edit.call(aten.to.dtype, pooled, dtype, **place)
 
 
-def _may_carry(node: fx.Node, pairs: Sequence[Pair | None]) -> bool:
+def _may_carry(node: fx.Node, pairs: Sequence[QdqNode | None]) -> bool:
     if any(pair is None or not isinstance(pair.qparams.granularity, PerTensor) for pair in pairs):
         return False
     if not all(pair.qparams.is_static for pair in pairs if pair):

@@ -11,7 +11,7 @@ from torch import fx
 from qpass.ir.alias import written
 from qpass.ir.editor import Editor
 from qpass.ir.fake import refresh_val
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.strides import stand_for
 from qpass.islands.qdq import CHOOSE, as_quantize
 from qpass.quantize.passes.annotate import ISLAND

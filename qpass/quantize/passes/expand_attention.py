@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from qpass.ir.editor import Editor
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import record_of, set_record
 from qpass.ir.strides import stand_for

@@ -10,7 +10,7 @@ from torch import fx
 
 from qpass.ir.attributes import free_name, get_constant
 from qpass.ir.editor import Editor
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.match import normalized, set_arguments
 from qpass.quantize.passes.annotate import FOLD
 from qpass.quantize.passes.insert_observers import is_trained

@@ -10,7 +10,7 @@ from torch import fx
 from qpass.ir.alias import storages
 from qpass.ir.constants import Constants, expression, form
 from qpass.ir.editor import Editor
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.origins import Derived
 from qpass.ir.source import module_path
 from qpass.islands.qdq import DEQUANTIZE, cast_of

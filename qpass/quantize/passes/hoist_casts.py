@@ -10,7 +10,7 @@ from torch import fx
 from qpass.ir.alias import written
 from qpass.ir.editor import Editor
 from qpass.ir.fake import refresh_val
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.islands.qdq import cast_of
 from qpass.islands.views import MOVES
 

@@ -12,10 +12,12 @@ from torch import fx, nn
 from qpass.ir.attributes import free_name, get_constant, replace_submodule, set_constant, take_over
 from qpass.ir.branch import Branch
 from qpass.ir.editor import Editor
-from qpass.ir.frame import Pass, PassResult
 from qpass.ir.gradient import DETACH
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.match import normalized, set_arguments
-from qpass.ir.modes import (
+from qpass.ir.observer import is_observer
+from qpass.ir.source import module_path
+from qpass.ir.training_modules import (
     BY_MODE,
     DROPOUT,
     FLAGGED,
@@ -24,16 +26,14 @@ from qpass.ir.modes import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
-    ByMode,
     Dropout,
     Flagged,
     FoldedBias,
     FoldedWeight,
     FoldFactor,
-    Mode,
+    TrainingChange,
+    TrainingModule,
 )
-from qpass.ir.observer import is_observer
-from qpass.ir.source import module_path
 from qpass.quantize.passes.annotate import FOLD
 from qpass.quantize.passes.set_dropout_aside import ASIDE, Aside
 from qpass.spec.fake_quantize import FakeQuantizeBase
@@ -88,7 +88,7 @@ class InsertModes(Pass):
                 self._batch_norm(node, mode, shared, edit)
         return PassResult(len(aside) + len(marked))
 
-    def _batch_norm(self, bn: fx.Node, mode: Mode, shared: set[Any], edit: Editor) -> None:
+    def _batch_norm(self, bn: fx.Node, mode: TrainingChange, shared: set[Any], edit: Editor) -> None:
         given = normalized(bn)
         affine = (given["weight"], given["bias"])
         statistics = (given["running_mean"], given["running_var"])
@@ -167,7 +167,7 @@ def is_fake_quantize(gm: fx.GraphModule, node: fx.Node) -> bool:
     return is_observer(node) and isinstance(gm.get_submodule(str(node.target)), FakeQuantizeBase)
 
 
-def dropout_of(node: fx.Node, mode: Mode) -> Dropout:
+def dropout_of(node: fx.Node, mode: TrainingChange) -> Dropout:
     """The module that does what a dropout operator does."""
     return Dropout(DROPOUT[node.target], mode.p)
 
@@ -187,7 +187,7 @@ def still_there(node: fx.Node, edit: Editor) -> fx.Node:
     return edit.attribute(str(node.target), like=node, before=first, value=value)
 
 
-def count_of(bn: fx.Node, mode: Mode, edit: Editor) -> fx.Node | None:
+def count_of(bn: fx.Node, mode: TrainingChange, edit: Editor) -> fx.Node | None:
     """The ``num_batches_tracked`` of a batch norm, under the name that it has in the model."""
     if not mode.tracked or mode.count is None:
         return None
@@ -197,7 +197,9 @@ def count_of(bn: fx.Node, mode: Mode, edit: Editor) -> fx.Node | None:
     return edit.attribute(mode.tracked, like=bn, before=bn, value=mode.count)
 
 
-def insert(module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, mode: Mode, **place: Any) -> fx.Node:
+def insert(
+    module: TrainingModule, name: str, arguments: tuple[Any, ...], edit: Editor, mode: TrainingChange, **place: Any
+) -> fx.Node:
     """Insert the call of a new sub-module that the model has no counterpart of."""
     name = edit.numbered(name)
     edit.gm.add_module(name, module.train(mode.training))
@@ -205,7 +207,7 @@ def insert(module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, 
     return edit.module(name, *arguments, **place)
 
 
-def add(module: ByMode, kind: str, node: fx.Node, edit: Editor, mode: Mode) -> str:
+def add(module: TrainingModule, kind: str, node: fx.Node, edit: Editor, mode: TrainingChange) -> str:
     """Add a sub-module, which is in the mode that the model's own is in; its name.
 
     It stands where the model's stood, if that held nothing else, and serves each call of that. Else it is
@@ -228,7 +230,7 @@ def find(gm: fx.GraphModule, path: str) -> nn.Module | None:
     return dict(gm.named_modules()).get(path)
 
 
-def norm_of(bn: fx.Node, mode: Mode, edit: Editor) -> str:
+def norm_of(bn: fx.Node, mode: TrainingChange, edit: Editor) -> str:
     """The name of the sub-module that does what a batch norm does: that of the model's own, where there is one.
 
     It takes the parameters and statistics over, so their names stay.
@@ -262,6 +264,8 @@ def call(bn: fx.Node, name: str, arguments: tuple[Any, ...], edit: Editor) -> No
     edit.graph.erase_node(bn)
 
 
-def replace(node: fx.Node, module: ByMode, name: str, arguments: tuple[Any, ...], edit: Editor, mode: Mode) -> None:
+def replace(
+    node: fx.Node, module: TrainingModule, name: str, arguments: tuple[Any, ...], edit: Editor, mode: TrainingChange
+) -> None:
     """Put the call of a new sub-module in the place of an operator."""
     call(node, add(module, name, node, edit, mode), arguments, edit)

@@ -12,7 +12,7 @@ from qpass.ir.alias import written
 from qpass.ir.attributes import free_name
 from qpass.ir.constants import Constants
 from qpass.ir.editor import Editor
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.guard import behind_checks
 from qpass.ir.observer import is_observer
 from qpass.islands.views import carried

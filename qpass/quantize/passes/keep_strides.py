@@ -13,7 +13,7 @@ from qpass import torch_private
 from qpass.ir.alias import aliased_inputs, written, written_inputs
 from qpass.ir.editor import Editor
 from qpass.ir.fake import fake_result
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.strides import LAID_OUT, same_strides
 
 aten = torch.ops.aten

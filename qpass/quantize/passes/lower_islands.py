@@ -8,7 +8,7 @@ from torch import fx
 
 from qpass.ir.constants import Constants
 from qpass.ir.editor import Editor, erase_dead
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.record import describe, record_of, set_record
 from qpass.ir.rule import Refusal
 from qpass.ir.strides import stand_for

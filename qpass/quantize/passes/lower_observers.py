@@ -17,7 +17,7 @@ from qpass.errors import CalibrationError
 from qpass.ir.constants import Constants, expression
 from qpass.ir.editor import Editor
 from qpass.ir.fake import fake_call
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.origins import Derived
 from qpass.ir.source import where
 from qpass.quantize.passes.assign_compute_dtype import COMPUTE_DTYPE
@@ -27,7 +27,7 @@ from qpass.spec.fake_quantize import FakeQuantizeBase
 from qpass.spec.observers import observer_for
 from qpass.spec.observers.min_max import RangeObserver
 
-QParams = tuple[torch.Tensor, torch.Tensor]
+ObservedQParams = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def float_val(x: Any) -> Any:
 
 
 def quantized_parts(
-    w: torch.Tensor, spec: QuantizationSpec, qparams: QParams | None = None
+    w: torch.Tensor, spec: QuantizationSpec, qparams: ObservedQParams | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scale and zero point of a weight: the given ones, or what its observer chooses for its values now.
 
@@ -182,7 +182,7 @@ def quantized_parts(
     return codes, scale, zero_point
 
 
-def observed_qparams(w: torch.Tensor, spec: QuantizationSpec) -> QParams:
+def observed_qparams(w: torch.Tensor, spec: QuantizationSpec) -> ObservedQParams:
     """What a fresh observer chooses for a weight."""
     observer = observer_for(spec)
     observer(w)
@@ -190,7 +190,7 @@ def observed_qparams(w: torch.Tensor, spec: QuantizationSpec) -> QParams:
 
 
 def _parts_of(
-    source: fx.Node, spec: QuantizationSpec, constants: Constants, given: QParams | None
+    source: fx.Node, spec: QuantizationSpec, constants: Constants, given: ObservedQParams | None
 ) -> tuple[torch.Tensor, ...]:
     """The parts of a constant; of a product ``w * factor`` with a factor for each row, as folding a batch norm leaves
     it, some rows at a time: the whole product would be one more float copy of the weight."""
@@ -210,5 +210,5 @@ def _parts_of(
     return codes, scale, zero_point
 
 
-def _part(index: int, compute: Any, spec: QuantizationSpec, qparams: QParams | None) -> Any:
+def _part(index: int, compute: Any, spec: QuantizationSpec, qparams: ObservedQParams | None) -> Any:
     return lambda *values: quantized_parts(compute(*values), spec, qparams)[index]

@@ -14,13 +14,13 @@ from torch import fx
 from qpass.arithmetic import graph_ops as ops
 from qpass.ir.constants import Constants
 from qpass.ir.editor import Editor, erase_dead
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import describe, record_of, set_record
 from qpass.ir.source import module_path
 from qpass.ir.strides import stand_for
 from qpass.islands.island import IslandMatch
-from qpass.islands.qdq import Pair, as_dequantize, cast_of, only_quantize
+from qpass.islands.qdq import QdqNode, as_dequantize, cast_of, only_quantize
 from qpass.patterns import Linear
 from qpass.spec import PerChannel
 from qpass.targets import Target
@@ -122,7 +122,7 @@ def _key(m: IslandMatch, constants: Constants) -> Any:
     return (m.x, q.granularity, q.quant_min, q.quant_max, q.dtype, m.b is None, _cast(m.root) is not None)
 
 
-def _weight(m: IslandMatch) -> Pair:
+def _weight(m: IslandMatch) -> QdqNode:
     pair = as_dequantize(m.w)
     assert pair is not None
     return pair

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from qpass.ir.attributes import get_constant
 from qpass.ir.constants import Constants
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.record import FUSED_INTO, describe, record_of, set_record
 from qpass.islands.float_weights import FloatWeights, reads
 from qpass.islands.island import IslandMatch, quantized_operands

@@ -12,10 +12,19 @@ from qpass.ir.alias import written
 from qpass.ir.attributes import holder, replace_submodule
 from qpass.ir.branch import Branch
 from qpass.ir.editor import Editor
-from qpass.ir.frame import Pass, PassResult
 from qpass.ir.gradient import stopped
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.match import set_arguments
-from qpass.ir.modes import Attention, BatchNorm, ByMode, Dropout, Flagged, FoldedBias, FoldedWeight, FoldFactor
+from qpass.ir.training_modules import (
+    Attention,
+    BatchNorm,
+    Dropout,
+    Flagged,
+    FoldedBias,
+    FoldedWeight,
+    FoldFactor,
+    TrainingModule,
+)
 
 aten = torch.ops.aten
 
@@ -32,7 +41,7 @@ class RemoveModes(Pass):
         edit = Editor(gm, self.name)
         found = [
             (node, module) for node in gm.graph.nodes
-            if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), ByMode)
+            if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), TrainingModule)
         ]  # fmt: skip
         for node, module in found:
             plain = self._plain(node, module, edit)
@@ -51,7 +60,7 @@ class RemoveModes(Pass):
                 gm.delete_submodule(name)
         return PassResult(len(found) + drop_detach(gm))
 
-    def _plain(self, node: fx.Node, module: ByMode, edit: Editor) -> Any:
+    def _plain(self, node: fx.Node, module: TrainingModule, edit: Editor) -> Any:
         if isinstance(module, Dropout | Branch | FoldedWeight | FoldedBias):
             return node.args[0]
         if isinstance(module, FoldFactor):

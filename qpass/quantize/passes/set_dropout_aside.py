@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from qpass.ir.alias import written
-from qpass.ir.frame import Pass, PassResult
 from qpass.ir.gradient import stopped
-from qpass.ir.modes import BY_MODE, DROPOUT, Mode
+from qpass.ir.graph_pass import Pass, PassResult
+from qpass.ir.training_modules import BY_MODE, DROPOUT, TrainingChange
 
 ASIDE = "qpass_aside"
 """``gm.meta`` key: the `Aside` of each node taken out, in the order in which they draw random numbers."""
@@ -30,7 +30,7 @@ class Aside:
     others: tuple[fx.Node, ...]
     users: tuple[fx.Node, ...]
     following: fx.Node
-    mode: Mode | None
+    mode: TrainingChange | None
 
 
 @dataclass(frozen=True)

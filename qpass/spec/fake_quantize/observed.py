@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qpass.arithmetic import choose
 from qpass.errors import ConfigError
-from qpass.ir.modes import in_backward
+from qpass.ir.training_modules import in_backward
 from qpass.spec import PerChannel, PerTensor, PerToken
 from qpass.spec.fake_quantize.base import FakeQuantizeBase
 from qpass.spec.fake_quantize.rounding import aligned, decoded, grouped, recomputed, straight_through

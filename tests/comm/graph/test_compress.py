@@ -18,8 +18,8 @@ from qpass import torch_private
 from qpass.backend import qpass_backend
 from qpass.comm import Feedback, Policy, codec
 from qpass.comm.graph import inductor_pass as module
+from qpass.comm.graph.collective_records import take, unmatched
 from qpass.comm.graph.compress import collectives, compress
-from qpass.comm.graph.decisions import take, unmatched
 from qpass.comm.graph.inductor_pass import CompressCollectives
 from qpass.errors import ConfigError, InputError, StrictError
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from compiled_traffic import CompiledTraffic
 from qpass.comm.policy.policy import Policy
-from watched import Watch
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def test_one_graph_for_either_side_of_the_threshold() -> None:
         dist.all_reduce(y)
         return y
 
-    with Watch() as watch:
+    with CompiledTraffic() as watch:
         compiled = torch.compile(function, backend="qpass", options={"comm": Policy("bf16", min_bytes=1 << 16)})
         for rows, graphs in ((100, 1), (163, 1), (164, 2), (500, 2), (120, 2), (163, 2), (900, 2)):
             x = torch.ones(rows, 100)

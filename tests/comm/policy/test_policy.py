@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qpass.comm import Feedback, Override, Policy, codec
-from qpass.comm.policy.override import Place, Seen
+from qpass.comm.policy.collective_override import OverrideMatches, Place
 from qpass.comm.policy.policy import policy
 from qpass.errors import ConfigError
 
@@ -70,7 +70,7 @@ def test_an_override_inside_a_module_and_by_a_groups_description() -> None:
 
 
 def test_names_near_to_what_was_meant() -> None:
-    seen = Seen()
+    seen = OverrideMatches()
     overrides = Policy("int8").override("int4", module="heda").override("int4", group="mesh_pt").overrides
     seen.note(Place("all_gather", ("3", "mesh_tp"), ("head",)), overrides)
     assert [hint for _, _, hint in seen.looked_for(overrides)] == [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qpass import comm
-from qpass.comm.wire import compiled as wire_compiled
+from qpass.comm.wire import compiled_kernels as wire_compiled
 from qpass.comm.wire.codec import NAMES, Codec
 from qpass.comm.wire.format import WireFormat, parse
 from qpass.errors import ConfigError, InputError

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qpass import comm
-from qpass.comm.wire import compiled as wire_compiled
+from qpass.comm.wire import compiled_kernels as wire_compiled
 from qpass.comm.wire.operators import FORMULAS, decode_reduce_into, encode_into
 from qpass.errors import InputError
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from once import run_once
+from pass_run import run_once
+from pipeline_run import PER_TOKEN, STATIC, WEIGHT_ONLY, Do, records
 from qpass.capture.export import capture
 from qpass.ir.match import Matcher
 from qpass.ir.regions import regions
 from qpass.quantize.passes.annotate import EDGES, FOLD, ISLAND, Annotate
 from qpass.spec.config import Config
 from qpass.targets import X86
-from road import PER_TOKEN, STATIC, WEIGHT_ONLY, Do, records
 
 
 def annotated(model: nn.Module, *inputs: Tensor, config: Config = STATIC) -> fx.GraphModule:

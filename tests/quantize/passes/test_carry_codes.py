@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from interpret import operators
-from once import run_once
+from pass_run import run_once
+from pipeline_run import Do, run_stages
 from qpass.capture.export import capture
 from qpass.ir.record import record_of
 from qpass.ops import graph_ops as ops
 from qpass.quantize.passes.carry_codes import CarryCodes
-from road import Do, road
 
 FIRST = (0.1, 7, 0, 255, torch.uint8)
 SECOND = (0.2, 7, 0, 255, torch.uint8)
@@ -140,6 +140,6 @@ def test_dynamic_codes_stay_where_they_are() -> None:
 def test_from_one_convolution_to_the_next() -> None:
     model = Do(lambda m, x: m.b(torch.cat([F.max_pool2d(m.a(x), 2), F.max_pool2d(m.c(x), 2)], 1)),
                a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(8, 4, 3), c=nn.Conv2d(4, 4, 3))  # fmt: skip
-    text = operators(road(model, torch.randn(2, 4, 9, 9)).lowered)
+    text = operators(run_stages(model, torch.randn(2, 4, 9, 9)).lowered)
     assert "dequantize" not in text  # the concatenation's inputs share one scale, although the pooling is between
     assert text.count("quantize_per_tensor(") == 1

@@ -9,14 +9,14 @@ from torch import Tensor, fx, nn
 
 import qpass
 from interpret import operators
-from once import run_once
+from pass_run import run_once
+from pipeline_run import STATIC, Do, kernel_names, records, run_stages
 from qpass.capture.export import capture
 from qpass.presets import int8_static
 from qpass.quantize.passes.annotate import Annotate
 from qpass.quantize.passes.assign_compute_dtype import AS_IT_COMES, COMPUTE_DTYPE, AssignComputeDtype
 from qpass.quantize.passes.cast_compute_dtype import CastComputeDtype
 from qpass.targets import X86
-from road import STATIC, Do, kernel_names, records, road
 
 BFLOAT16 = int8_static(compute_dtype=torch.bfloat16)
 X = torch.linspace(-2, 2, 12).reshape(3, 4)
@@ -123,7 +123,7 @@ def test_a_kernel_writes_bfloat16_once_for_a_float_reader_and_the_rounding(reade
         return (z @ y, m.b(z)) if readers == "float and quantized" else z @ y
 
     model = Do(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4))
-    r = road(model, torch.randn(2, 3, 4), torch.randn(2, 4, 5), config=BFLOAT16)
+    r = run_stages(model, torch.randn(2, 3, 4), torch.randn(2, 4, 5), config=BFLOAT16)
     assert kernel_names(r.lowered)[0] == "onednn.qlinear with cast to bfloat16"
     if readers == "float and quantized":
         (rounded,) = (n for n in r.quantized.graph.nodes if n.name == "quantize_per_tensor_default_1")
@@ -133,13 +133,13 @@ def test_a_kernel_writes_bfloat16_once_for_a_float_reader_and_the_rounding(reade
 def test_a_concatenation_that_is_rounded_is_not_cast_before() -> None:
     """As behind the skip connections of a U-Net: a cast between the codes and their reader would cost it its kernel."""
     model = Do(lambda m, x, y: m.b(torch.cat([x @ y, m.a(x)], -1)), a=nn.Linear(4, 4), b=nn.Linear(8, 4))
-    r = road(model, torch.randn(2, 3, 4), torch.randn(2, 4, 4), config=BFLOAT16)
+    r = run_stages(model, torch.randn(2, 3, 4), torch.randn(2, 4, 4), config=BFLOAT16)
     assert kernel_names(r.lowered) == ["onednn.qlinear with quantize", "onednn.qlinear"]
     qpass.lower(r.quantized, strict=True)
 
 
 def test_without_a_compute_dtype_nothing_is_cast() -> None:
-    assert "to.dtype" not in operators(road(Do(lambda m, x: m.a(x) @ x.t(), a=nn.Linear(4, 4)), X).quantized)
+    assert "to.dtype" not in operators(run_stages(Do(lambda m, x: m.a(x) @ x.t(), a=nn.Linear(4, 4)), X).quantized)
 
 
 def test_dynamic_parameters_are_chosen_in_float32() -> None:
@@ -149,7 +149,7 @@ def test_dynamic_parameters_are_chosen_in_float32() -> None:
     for granularity in ("token", "tensor"):
         config = int8_dynamic(granularity, compute_dtype=torch.bfloat16)  # type: ignore[arg-type]
         model = Do(lambda m, x, y: m.a(x @ y), a=nn.Linear(4, 4))
-        gm = road(model, torch.randn(2, 3, 4), torch.randn(2, 4, 4), config=config).quantized
+        gm = run_stages(model, torch.randn(2, 3, 4), torch.randn(2, 4, 4), config=config).quantized
         chosen = [node for node in gm.graph.nodes if "choose_qparams" in str(node.target)]
         assert [node.args[0].meta["val"].dtype for node in chosen] == [torch.float32]
 

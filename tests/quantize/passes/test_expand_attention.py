@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from interpret import operators
-from once import run_once
+from pass_run import run_once
+from pipeline_run import STATIC, Do
 from qpass.capture.export import capture
 from qpass.ir.record import record_of
 from qpass.quantize.passes.annotate import Annotate
 from qpass.quantize.passes.assign_compute_dtype import AssignComputeDtype
 from qpass.quantize.passes.expand_attention import EXPAND, LONGEST, ExpandAttention
 from qpass.targets import X86
-from road import STATIC, Do
 
 aten = torch.ops.aten
 

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from interpret import operators
-from once import run_once
+from pass_run import run_once
+from pipeline_run import STATIC, Do, kernel_names, run_stages
 from qpass.capture.export import capture
 from qpass.ir.constants import Constants
 from qpass.quantize.passes.annotate import Annotate
 from qpass.quantize.passes.fold_batch_norm import FoldBatchNorm
 from qpass.quantize.passes.insert_observers import InsertObservers
 from qpass.targets import X86
-from road import STATIC, Do, kernel_names, road
 
 
 def settled(channels: int = 4, affine: bool = True) -> nn.BatchNorm2d:
@@ -100,7 +100,7 @@ def test_a_convolution_that_is_used_twice(second: Any) -> None:
     if second == "the same":
         model.second = model.first
     x = torch.randn(IMAGE)
-    r = road(model, x)
+    r = run_stages(model, x)
     assert [name.partition(" ")[0] for name in kernel_names(r.lowered)][:2] == ["onednn.qconv", "onednn.qconv"]
     assert "batch_norm(" not in operators(r.quantized)
     # 8 bits and a result that is the difference of two: below 5 % of its size. Folding wrongly costs 50 % and more.
@@ -111,7 +111,7 @@ def test_a_convolution_that_is_used_twice(second: Any) -> None:
 def test_a_convolution_whose_result_somebody_else_reads() -> None:
     model = Do(lambda m, x: (m.norm(y := m.conv(x)), y), conv=nn.Conv2d(4, 4, 3), norm=settled()).eval()
     x = torch.randn(IMAGE)
-    r = road(model, x)
+    r = run_stages(model, x)
     assert "batch_norm(" in operators(r.quantized)
     for got, expected in zip(r.quantized(x), model(x), strict=True):
         assert (got - expected).norm() < 0.05 * expected.norm()  # as above
@@ -121,7 +121,7 @@ def test_a_weight_that_two_convolutions_share_is_folded_into_each() -> None:
     w = nn.Parameter(torch.randn(4, 4, 3, 3) / 6)
     model = Do(lambda m, x: m.a(F.conv2d(x, m.w)) - m.b(F.conv2d(x, m.w)), a=settled(), b=settled(), w=w).eval()
     x = torch.randn(IMAGE)
-    r = road(model, x)
+    r = run_stages(model, x)
     scales = [scale for name, scale in r.quantized.named_buffers() if "_scale" in name]
     assert len(scales) == 2
     assert not torch.equal(*scales)  # a positive factor changes the scale of a channel and none of its codes
@@ -132,6 +132,6 @@ def test_a_weight_that_two_convolutions_share_is_folded_into_each() -> None:
 def test_the_model_keeps_its_parameters_and_its_prepared_form() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), settled()).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    r = road(model, torch.randn(IMAGE))
+    r = run_stages(model, torch.randn(IMAGE))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert "batch_norm(" in operators(r.prepared)

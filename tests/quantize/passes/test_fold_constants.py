@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from interpret import operators
-from once import run_once
+from pass_run import run_once
+from pipeline_run import Do, run_stages
 from qpass.capture.export import capture
 from qpass.ir.origins import derived_constants
 from qpass.quantize.passes.fold_constants import FoldConstants
-from road import Do, road
 
 
 def captured(function: Callable[..., Any]) -> tuple[fx.GraphModule, Tensor]:
@@ -73,7 +73,7 @@ def test_an_expression_that_is_also_read_on_its_own_is_kept() -> None:
 
 
 def test_codes_are_never_multiplied_out_again() -> None:
-    r = road(nn.Linear(4, 4), torch.randn(3, 4))
+    r = run_stages(nn.Linear(4, 4), torch.randn(3, 4))
     assert FoldConstants().run(r.quantized).changed == 0
     assert "dequantize_per_channel(codes(weight)" in operators(r.quantized)
 

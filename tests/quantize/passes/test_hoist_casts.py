@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from interpret import operators
-from once import run_once
+from pass_run import run_once
+from pipeline_run import Do, kernel_names, run_stages
 from qpass.capture.export import capture
 from qpass.presets import int8_static
 from qpass.quantize.passes.hoist_casts import HoistCasts
-from road import Do, kernel_names, road
 
 X = torch.randn(2, 6, 8)
 BFLOAT16 = int8_static(compute_dtype=torch.bfloat16)
@@ -84,5 +84,5 @@ def test_a_linear_behind_which_heads_are_split_writes_bfloat16_itself() -> None:
         q, k = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (m.q, m.k))
         return q @ k.transpose(-2, -1)
 
-    r = road(Do(forward, q=nn.Linear(8, 8), k=nn.Linear(8, 8)), X, config=BFLOAT16)
+    r = run_stages(Do(forward, q=nn.Linear(8, 8), k=nn.Linear(8, 8)), X, config=BFLOAT16)
     assert kernel_names(r.lowered)[0] == "onednn.qlinear one GEMM, with cast to bfloat16"

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from interpret import operators
-from once import run_once
+from pass_run import run_once
+from pipeline_run import STATIC, Do
 from qpass.capture.training import capture_training
 from qpass.presets import int8_qat
 from qpass.quantize.passes.annotate import Annotate
@@ -16,7 +17,6 @@ from qpass.quantize.passes.remove_modes import RemoveModes
 from qpass.quantize.passes.set_dropout_aside import SetDropoutAside
 from qpass.spec.config import Config
 from qpass.targets import X86
-from road import STATIC, Do
 
 QAT = int8_qat(compute_dtype=None)
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from interpret import operators
-from once import run_once
+from pass_run import run_once
+from pipeline_run import PER_TENSOR, STATIC, Do
 from qpass.capture.export import capture
 from qpass.observer import HistogramObserver, PerChannelMinMaxObserver
 from qpass.quantize.passes.annotate import Annotate
@@ -14,7 +15,6 @@ from qpass.quantize.passes.insert_observers import InsertObservers, observers
 from qpass.spec import PerTensor, QuantizationSpec
 from qpass.spec.config import Config
 from qpass.targets import X86
-from road import PER_TENSOR, STATIC, Do
 
 
 def observed(model: nn.Module, *inputs: Tensor, config: Config = STATIC) -> fx.GraphModule:

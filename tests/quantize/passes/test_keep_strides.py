@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qpass
-from road import Do
+from pipeline_run import Do
 
 F = nn.functional
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

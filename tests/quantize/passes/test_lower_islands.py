@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 import qpass
 from interpret import operators
-from once import run_once
+from pass_run import run_once
+from pipeline_run import PER_TOKEN, STATIC, Do, kernel_names, records, run_stages
 from qpass.errors import StrictError
 from qpass.ir.origins import derived_constants
 from qpass.ops import graph_ops as ops
@@ -19,7 +20,6 @@ from qpass.quantize.passes.carry_codes import CarryCodes
 from qpass.quantize.passes.lower_islands import LowerIslands
 from qpass.spec.config import Config
 from qpass.targets import X86
-from road import PER_TOKEN, STATIC, Do, kernel_names, records, road
 
 
 def quantized(model: nn.Module, *inputs: Tensor, config: Config = STATIC) -> fx.GraphModule:
@@ -139,7 +139,7 @@ def test_strict_turns_what_has_no_kernel_into_an_error(monkeypatch: pytest.Monke
 
 def test_a_node_belongs_to_one_island() -> None:
     """``a(x) + b(x)``: each linear could take the sum as its epilogue."""
-    r = road(Do(lambda m, x: m.a(x) + m.b(x), a=nn.Linear(16, 8), b=nn.Linear(16, 8)), torch.randn(4, 16))
+    r = run_stages(Do(lambda m, x: m.a(x) + m.b(x), a=nn.Linear(16, 8), b=nn.Linear(16, 8)), torch.randn(4, 16))
     assert sorted(kernel_names(r.lowered)) == ["onednn.qlinear", "onednn.qlinear with add"]
 
 
@@ -150,7 +150,7 @@ def test_a_dead_linear() -> None:
         m.dead(x)
         return m.alive(x)
 
-    r = road(Do(forward, dead=nn.Linear(16, 8), alive=nn.Linear(16, 8)), torch.randn(4, 16))
+    r = run_stages(Do(forward, dead=nn.Linear(16, 8), alive=nn.Linear(16, 8)), torch.randn(4, 16))
     assert kernel_names(r.lowered) == ["onednn.qlinear"]
     assert not any(name.startswith("dead") for name, _ in r.quantized.named_buffers())
 
@@ -192,6 +192,6 @@ def test_regions_are_lowered_too() -> None:
 
 
 def test_per_token_codes_of_one_input_serve_all() -> None:
-    r = road(Do(lambda m, x: (torch.relu(m.a(x)), torch.tanh(m.b(x))), a=nn.Linear(16, 8), b=nn.Linear(16, 8)),
+    r = run_stages(Do(lambda m, x: (torch.relu(m.a(x)), torch.tanh(m.b(x))), a=nn.Linear(16, 8), b=nn.Linear(16, 8)),
              torch.randn(4, 16), config=PER_TOKEN)  # fmt: skip
     assert operators(r.lowered).count("= quantize_per_token(") == 1

@@ -6,7 +6,8 @@ from torch import Tensor, fx, nn
 
 import qpass
 from interpret import operators
-from once import run_once
+from pass_run import run_once
+from pipeline_run import PER_TENSOR, PER_TOKEN, STATIC, Do
 from qpass.capture.export import capture
 from qpass.errors import CalibrationError
 from qpass.ir.origins import derived_constants
@@ -18,7 +19,6 @@ from qpass.quantize.passes.lower_observers import LowerObservers, quantized_part
 from qpass.spec import PerChannel, PerGroup, PerTensor, QuantizationSpec
 from qpass.spec.config import Config
 from qpass.targets import X86
-from road import PER_TENSOR, PER_TOKEN, STATIC, Do
 
 
 def prepared(model: nn.Module, *inputs: Tensor, config: Config = STATIC) -> fx.GraphModule:

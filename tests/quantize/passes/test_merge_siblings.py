@@ -10,13 +10,13 @@ from torch import Tensor, fx, nn
 
 import qpass
 from interpret import operators
-from once import run_once
+from pass_run import run_once
+from pipeline_run import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, kernel_names, run_stages
 from qpass.ir.record import record_of
 from qpass.presets import int8_static
 from qpass.quantize.passes.merge_siblings import MergeSiblings
 from qpass.spec.config import Config
 from qpass.targets import X86
-from road import PER_TENSOR, PER_TOKEN, STATIC, WEIGHT_ONLY, Do, kernel_names, road
 
 SIBLINGS = {"a": nn.Linear(16, 8), "b": nn.Linear(16, 4), "c": nn.Linear(16, 8)}
 
@@ -70,7 +70,9 @@ def test_sibling_linears_become_one() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_on_the_whole_road_the_siblings_run_in_one_kernel(config: Config, bias: bool) -> None:
     members = {name: nn.Linear(16, size, bias=bias) for name, size in (("a", 8), ("b", 4), ("c", 8))}
-    r = road(Do(lambda m, x: (m.a(x), torch.tanh(m.b(x)), m.c(x)), **members), torch.randn(2, 3, 16), config=config)
+    r = run_stages(
+        Do(lambda m, x: (m.a(x), torch.tanh(m.b(x)), m.c(x)), **members), torch.randn(2, 3, 16), config=config
+    )
     assert len(kernel_names(r.lowered)) == 1
     assert [kernel.kernel for kernel in r.kernels] == ["slice.Tensor"] * 3
 
@@ -80,7 +82,7 @@ def test_results_that_a_float_reader_wants_in_bfloat16_are_cast_once() -> None:
         return F.scaled_dot_product_attention(m.a(x), m.b(x), m.c(x))
 
     x, members = torch.randn(2, 3, 16), {name: nn.Linear(16, 8) for name in "abc"}
-    r = road(Do(attention, **members), x, config=int8_static(compute_dtype=torch.bfloat16))
+    r = run_stages(Do(attention, **members), x, config=int8_static(compute_dtype=torch.bfloat16))
     assert kernel_names(r.lowered) == ["onednn.qlinear one GEMM, with cast to bfloat16"]
     assert len(r.kernels) == 3
 
@@ -107,7 +109,7 @@ def test_near_misses(name: str) -> None:
 
 
 def test_one_weight_used_twice() -> None:
-    r = road(Do(lambda m, x: (m.a(x), m.a(x)), a=nn.Linear(16, 8)), torch.randn(4, 16))
+    r = run_stages(Do(lambda m, x: (m.a(x), m.a(x)), a=nn.Linear(16, 8)), torch.randn(4, 16))
     assert len(kernel_names(r.lowered)) == 1
     first, second = r.lowered(x := torch.randn(4, 16))
     assert torch.equal(first, second)
@@ -116,5 +118,5 @@ def test_one_weight_used_twice() -> None:
 
 def test_two_groups_of_siblings() -> None:
     members = {name: nn.Linear(16, 16) for name in "abcd"}
-    r = road(Do(lambda m, x: (m.a(x), m.b(x), m.c(y := torch.sin(x)), m.d(y)), **members), torch.randn(4, 16))
+    r = run_stages(Do(lambda m, x: (m.a(x), m.b(x), m.c(y := torch.sin(x)), m.d(y)), **members), torch.randn(4, 16))
     assert len(kernel_names(r.lowered)) == 2

@@ -113,7 +113,7 @@ def test_values_are_those_of_the_codes_and_gradients_pass_inside(
     y, x_grad = differentiated(module, x, grad)
     assert y.dtype == dtype
     assert torch.equal(bits(y), bits(expected))
-    assert torch.equal(bits(module(x)), bits(expected))  # without a gradient another road is taken
+    assert torch.equal(bits(module(x)), bits(expected))  # without a gradient another branch is taken
     assert torch.equal(bits(x_grad), bits(torch.where(inside, grad, 0)))
 
 

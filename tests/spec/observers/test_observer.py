@@ -205,7 +205,7 @@ def test_tensors_without_data_are_not_watched(make: Any) -> None:
 
 @pytest.mark.parametrize("make", OBSERVERS)
 def test_a_retraced_observer_sees_what_an_eager_one_sees(make: Any) -> None:
-    """``torch.export`` cannot branch on values: the traced observer takes another road to the same statistics."""
+    """``torch.export`` cannot branch on values: the traced observer takes another way to the same statistics."""
 
     class Model(nn.Module):
         def __init__(self) -> None:

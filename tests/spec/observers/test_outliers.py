@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import qpass
+from pipeline_run import Do
 from qpass.observer import HistogramObserver, MinMaxObserver, PercentileObserver
 from qpass.presets import int8_static
 from qpass.spec import QuantizationSpec
-from road import Do
 
 SMALLEST = torch.finfo(torch.float32).min
 

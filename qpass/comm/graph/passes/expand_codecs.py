@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from qpass.comm.wire.operators import FORMULAS
 from qpass.ir.editor import Editor
 from qpass.ir.fake import fake_mode_of
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 
 
 @dataclass(frozen=True)

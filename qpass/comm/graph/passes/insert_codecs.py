@@ -31,12 +31,12 @@ from qpass.comm.graph.gradient import gradient_name
 from qpass.comm.graph.in_place import IN_PLACE, as_functional, as_in_place, read_after_wait
 from qpass.comm.graph.parts import coded_parts, fills_rows
 from qpass.comm.graph.transfer import free_of_sizes
+from qpass.comm.policy.collective_override import OverrideMatches, Place
 from qpass.comm.policy.cost import Decision
-from qpass.comm.policy.override import Place, Seen
 from qpass.comm.policy.policy import LARGE, Policy
 from qpass.comm.wire.codec import Codec
 from qpass.ir.editor import Editor
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import describe, record_of, set_record, stands_for_several
 from qpass.ir.rule import NotAsked, Refusal, require
@@ -84,7 +84,7 @@ class InsertCodecs(Pass):
         try:
             found = as_coalesced(node) if node.target in COALESCED else _one(node, edit)
             if isinstance(found, Collective) and (as_coded(found.x) is not None or found.x.target in ENCODERS):
-                return 0  # decided by somebody else
+                return 0  # decided before
             if known is not None and not found.dtype.is_floating_point:  # narrowed by a rule
                 return 0
             policy = self._wanted(found)
@@ -123,7 +123,7 @@ class InsertCodecs(Pass):
         if self.policy.feedback is None or found.kind not in ("all_reduce", "reduce_scatter"):
             return ""
         try:
-            require(self.backward, "it is no sum of a backward graph")
+            require(self.backward, "it is not a sum of a backward graph")
             require(isinstance(found.numel, int), "its size is symbolic")
             assert found.wait is not None
             name = gradient_name(found.wait, self.gradients)
@@ -142,7 +142,7 @@ def _one(node: fx.Node, edit: Editor) -> Collective:
 
 
 def _check(found: Collective | Coalesced) -> None:
-    """Refuse what no rule of the catalogue sends as payloads."""
+    """Refuse a collective that no rule can send as payloads."""
     if found.kind in ("all_reduce", "reduce_scatter"):
         require(found.op in SUMS, f"a {found.op} cannot be taken over payloads")
     if isinstance(found, Coalesced):
@@ -213,9 +213,9 @@ def _leave(node: fx.Node, reason: str, asked: bool) -> int:
     return 0
 
 
-def seen_in(gm: fx.GraphModule, policy: Policy, backward: bool) -> Seen:
+def seen_in(gm: fx.GraphModule, policy: Policy, backward: bool) -> OverrideMatches:
     """What the overrides of ``policy`` can be held against in a graph, and which of them hold for a collective."""
-    seen = Seen(backward)
+    seen = OverrideMatches(backward)
     for node in gm.graph.nodes:
         if operator_of(node) in FORMS:
             seen.note(_place(node, backward), policy.overrides)

@@ -18,7 +18,7 @@ from qpass.comm.graph.pieces import SEND
 from qpass.comm.graph.transfer import result_shape
 from qpass.comm.wire.partition import CHUNK
 from qpass.ir.editor import Editor
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import record_of, records_of, set_records
 from qpass.ir.sizes import argument, arguments, is_data_dependent, product, sizes
@@ -40,9 +40,9 @@ class JoinTransfers(Pass):
     dependencies: so none needs what another receives, and no two buckets need each other. The transfer starts where
     the first of them did, behind all that the others are computed from, and is waited for where the first result was.
     That result may come later than alone; it is small, and so are all it waits for. No bucket reaches over an operator
-    that writes in place, draws random numbers or checks something, so that nothing moves past one. What is no payload,
-    or may be of another size on another rank, is left alone. A symbolic size is asked what a number would be and so
-    guards the graph; `ResolveSizes` runs first.
+    that writes in place, draws random numbers or checks something, so that nothing moves past one. Anything
+    that is not a payload, or that may have another size on another rank, is left alone. A symbolic size is compared as
+    a number would be, which guards the graph; `ResolveSizes` runs first.
     """
 
     def run(self, gm: fx.GraphModule) -> PassResult:

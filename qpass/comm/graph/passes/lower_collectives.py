@@ -8,12 +8,12 @@ from torch import fx
 
 from qpass.comm.graph.collective import KINDS
 from qpass.comm.graph.rules import COLLECTIVES
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.record import describe, record_of, set_record
 from qpass.ir.rule import apply_rules
 
 BY_CODES = ("GatherScales", "MoveCodes", "QuantizeBeforeGather")
-"""Rules that only match where somebody quantized, so that what they decline is worth to know in any graph."""
+"""Rules that match quantized values only. What they refuse is worth knowing in any graph."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from qpass import torch_private
 from qpass.ir.editor import Editor
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.sizes import is_data_dependent, is_symbolic
 
 if TYPE_CHECKING:
@@ -77,13 +77,13 @@ class _Resolver:
 
 
 def _is_read_off(node: fx.Node) -> bool:
-    """Whether a node, which is a size, is one of a tensor that is no input, and does not come from data."""
+    """Whether a size is that of a computed tensor, and does not come from data."""
     reads = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
     return not is_data_dependent(node.meta["val"]) and any(source.op != "placeholder" for source in reads)
 
 
 def _computed(expression: sympy.Expr, symbols: list[sympy.Symbol], vals: list[torch.SymInt]) -> fx.Graph:
-    """A graph that computes an expression, which is no symbol itself, from its symbols."""
+    """A graph that computes an expression, which is more than one symbol, from its symbols."""
     graph = fx.Graph()
     tracer = GraphAppendingTracer(graph)
     inputs = {symbol: fx.Proxy(graph.placeholder(symbol.name), tracer) for symbol in symbols}

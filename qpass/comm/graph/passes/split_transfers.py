@@ -14,7 +14,7 @@ from qpass.comm.graph.pieces import RECEIVE, SEND
 from qpass.comm.wire.format import WireFormat, parse
 from qpass.comm.wire.partition import pieces_of
 from qpass.ir.editor import Editor, erase_dead
-from qpass.ir.frame import Pass, PassResult
+from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.match import normalized
 from qpass.ir.record import record_of, set_record
 from qpass.ir.sizes import holds, is_data_dependent

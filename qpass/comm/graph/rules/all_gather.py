@@ -20,7 +20,7 @@ from qpass.ir.rule import Rule, require
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-TRAVEL = {torch.int8, torch.uint8, torch.float16, torch.bfloat16}
+SENT_AS_THEY_ARE = {torch.int8, torch.uint8, torch.float16, torch.bfloat16}
 """Narrow dtypes that every transport carries; the others of one byte travel as bytes."""
 
 
@@ -62,13 +62,13 @@ class CastBeforeGather(Rule):
         wide, narrow = dtype_name(x.dtype), dtype_name(m.dtype)
         require(x.dtype.is_floating_point, f"what is gathered is {wide}")
         require(m.dtype.itemsize < x.dtype.itemsize, f"{narrow} is not narrower than {wide}")
-        require(m.dtype in TRAVEL or m.dtype.itemsize == 1, f"{narrow} does not travel")
+        require(m.dtype in SENT_AS_THEY_ARE or m.dtype.itemsize == 1, f"{narrow} does not travel")
         require(m.dtype is not torch.bool and x.dim() > 0, "truth values and single numbers are left as they are")
 
     def rewrite(self, m: Match, edit: Editor) -> fx.Node:
         (wait,) = (node for node in m.nodes if node.target is WAIT)
         collective = issued_by(wait)
-        issue, as_bytes = collective.node, m.dtype not in TRAVEL
+        issue, as_bytes = collective.node, m.dtype not in SENT_AS_THEY_ARE
         place = {"like": m.root, "before": issue}
         cast: Any = m.root.target
         narrow = edit.call(cast, m.x, m.dtype, **place)

@@ -19,12 +19,12 @@ from qpass.ir.expression import Expr
 from qpass.ir.match import Match, set_arguments
 from qpass.ir.rule import Rule, require
 from qpass.ir.sizes import arguments, is_data_dependent
-from qpass.islands.qdq import DEQUANTIZE, QUANTIZE, Pair, as_dequantize, as_quantize
+from qpass.islands.qdq import DEQUANTIZE, QUANTIZE, QdqNode, as_dequantize, as_quantize
 from qpass.spec import PerChannel, PerTensor
 
 aten = torch.ops.aten
 
-TRAVEL = (torch.int8, torch.uint8)
+SENT_CODES = (torch.int8, torch.uint8)
 QPARAMS = 12
 """Bytes of a scale and a zero point on the wire: float32 and int64."""
 
@@ -135,35 +135,35 @@ class QuantizeBeforeGather(Rule):
         return wait_for(edit, issue, like=wait, before=wait)
 
 
-def _read(wait: fx.Node) -> tuple[Collective, Pair]:
+def _read(wait: fx.Node) -> tuple[Collective, QdqNode]:
     collective = issued_by(wait)
     pair = as_dequantize(collective.x)
     assert pair is not None
     return collective, pair
 
 
-def _check(pair: Pair, collective: Collective, moves: bool) -> None:
+def _check(pair: QdqNode, collective: Collective, moves: bool) -> None:
     """Refuse codes that do not travel, and scales that lie along the dimension that ``moves``."""
     dtype, granularity = pair.qparams.dtype, pair.qparams.granularity
-    require(dtype in TRAVEL, f"codes of {dtype_name(dtype)} do not travel", collective.node)
+    require(dtype in SENT_CODES, f"codes of {dtype_name(dtype)} do not travel", collective.node)
     known = isinstance(granularity, (PerTensor, PerChannel))
     require(known, f"scales of {type(granularity).__name__} are left where they are", collective.node)
     require(not moves or _axis(pair) != 0, "its scales belong to the dimension that is moved along", collective.node)
 
 
-def _axis(pair: Pair) -> int | None:
+def _axis(pair: QdqNode) -> int | None:
     """The dimension that has a scale for each index, counted from the front; None where one scale is for all."""
     granularity = pair.qparams.granularity
     return granularity.axis % pair.value.meta["val"].dim() if isinstance(granularity, PerChannel) else None
 
 
-def _send_codes(edit: Editor, collective: Collective, pair: Pair) -> fx.Node:
+def _send_codes(edit: Editor, collective: Collective, pair: QdqNode) -> fx.Node:
     target: Any = collective.node.target
     how = f"{collective.kind} of {dtype_name(pair.qparams.dtype)}"
     return send(edit, collective, pair.value, how, target, *collective.node.args[1:-1])
 
 
-def _again(edit: Editor, pair: Pair, x: fx.Node, *, like: fx.Node, before: fx.Node) -> fx.Node:
+def _again(edit: Editor, pair: QdqNode, x: fx.Node, *, like: fx.Node, before: fx.Node) -> fx.Node:
     """The quantize or dequantize node of ``pair`` over ``x``."""
     target, kwargs = cast(Any, pair.node.target), cast(Any, pair.node.kwargs)
     node = edit.call(target, *pair.node.args, like=like, before=before, **kwargs)

@@ -1,4 +1,4 @@
-"""What the backend compiled, kept for the report: lowered graphs and decisions about collectives."""
+"""The compilations of this process, kept for the report: lowered graphs and what became of collectives."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from torch import fx
 
 from qpass import torch_private
+from qpass.backend.compiled_collectives import CompiledCollectives
 from qpass.backend.live_constants import pick
-from qpass.backend.session import Communication
 
 Weights = tuple[weakref.ref[torch.UntypedStorage], ...]
 """The memory of weights. A tensor that something refers to, even weakly, cannot be swapped by ``swap_tensors``."""
 
 
 @dataclass(frozen=True)
-class Compiled:
+class Compilation:
     """One compilation: its lowered graph, None where compute was left as it is, and its communication, if any.
 
     It is found by the weights that it read, which are those of several models where Dynamo runs one graph for all of
@@ -30,7 +30,7 @@ class Compiled:
     """
 
     graph: fx.GraphModule | None
-    communication: Communication | None
+    communication: CompiledCollectives | None
     weights: dict[tuple[int, ...], Weights]
     code: weakref.ref[CodeType] | None
 
@@ -79,18 +79,18 @@ class Compiled:
         return noted
 
 
-_COMPILED: list[Compiled] = []
+_COMPILED: list[Compilation] = []
 
 
 def remember(
-    graph: fx.GraphModule | None, weights: Iterable[torch.Tensor], communication: Communication | None = None
-) -> Compiled:
+    graph: fx.GraphModule | None, weights: Iterable[torch.Tensor], communication: CompiledCollectives | None = None
+) -> Compilation:
     """Keep what is compiled now until the last of its weights is gone, or, where it has none, its code."""
     code = next(iter(torch_private.get_traced_code() or ()), None)
     _COMPILED[:] = [kept for kept in _COMPILED if kept.is_alive]
     read = tuple(weights)
     known = {tuple(map(id, read)): _memory(read)}
-    _COMPILED.append(Compiled(graph, communication, known, weakref.ref(code) if code is not None else None))
+    _COMPILED.append(Compilation(graph, communication, known, weakref.ref(code) if code is not None else None))
     return _COMPILED[-1]
 
 
@@ -120,7 +120,7 @@ def _is_compiled(module: torch.nn.Module) -> bool:
     return in_place or isinstance(module, torch_private.OptimizedModule)
 
 
-def compilations(program: torch.nn.Module | Callable[..., Any]) -> list[Compiled]:
+def compilations(program: torch.nn.Module | Callable[..., Any]) -> list[Compilation]:
     """What was compiled for a model or a function: what reads its tensors, and what comes from its code.
 
     The models of a function are those that it closes over, and those among the globals that it names. What reads
@@ -134,7 +134,7 @@ def compilations(program: torch.nn.Module | Callable[..., Any]) -> list[Compiled
     held = [ref() for ref in _memory(tensors)]
     storages = set(map(id, held))
 
-    def found(alone: bool) -> list[Compiled]:
+    def found(alone: bool) -> list[Compilation]:
         return [
             one for one in _COMPILED
             if one.reads(storages, alone)

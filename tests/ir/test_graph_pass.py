@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, dataclass
 import pytest
 from torch import fx
 
-from qpass.ir.frame import Pass
+from qpass.ir.graph_pass import Pass
 
 
 @dataclass(frozen=True)

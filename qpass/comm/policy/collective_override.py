@@ -1,4 +1,4 @@
-"""Override: a codec for the collectives that a policy picks out by kind, group, module path, direction and size."""
+"""Override: a codec for some collectives, chosen by kind, group, module path, direction and size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qpass.errors import ConfigError, near
 
 @dataclass(frozen=True)
 class Place:
-    """Where a collective stands, in what all ranks of its group know alike.
+    """The place of a collective, in terms that all ranks of its group know alike.
 
     ``groups`` are the names of its group: that of the process group and, where one was given, its description.
     ``modules`` are the paths of the modules around it, outermost first: none where the graph keeps none.
@@ -79,8 +79,8 @@ class Override:
 
 
 @dataclass
-class Seen:
-    """What a policy's overrides were held against in one graph."""
+class OverrideMatches:
+    """Which overrides of a policy match a collective of one graph, and the names that they could have meant."""
 
     backward: bool = False
     matched: set[int] = field(default_factory=set)
@@ -89,7 +89,7 @@ class Seen:
     modules: set[str] = field(default_factory=set)
 
     def note(self, place: Place, overrides: Iterable[Override]) -> None:
-        """Remember the names that an override could have meant, and the overrides whose conditions hold."""
+        """Add a collective: the names that an override could have meant, and the overrides whose conditions hold."""
         self.kinds.add(place.kind)
         self.groups.update(place.groups)
         self.modules.update(place.modules)
@@ -112,6 +112,6 @@ class Seen:
 
 
 def check_kind(kind: str) -> None:
-    """Refuse what is no collective, with a name near to it."""
+    """Raise ConfigError where there is no such kind of collective, with a name near to it."""
     if kind not in FORMS:
         raise ConfigError(f"No collective is named {kind!r}{near(kind, FORMS)}.")

@@ -1,4 +1,4 @@
-"""What one compilation decided about its collectives, whether Inductor compiled its graphs or a cache had them."""
+"""The collectives of one compilation: what was decided about each, also where a cache served the graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from qpass import torch_private
 from qpass.comm.eager.agreement import agree_on_plan, debug
 from qpass.comm.eager.group import group_of, process_group
-from qpass.comm.graph.decisions import GraphDecisions, take, unmatched
+from qpass.comm.graph.collective_records import CollectiveRecords, take, unmatched
 from qpass.comm.policy.policy import Policy
 from qpass.comm.wire.feedback import Feedback
 from qpass.errors import QpassWarning
@@ -28,8 +28,8 @@ NONE = """comm was asked for, and a compiled graph has no collective
   to do: give DDP qpass.comm.ddp_hook("int8") by register_comm_hook, and FSDP2 to qpass.comm.compress_fsdp"""
 
 
-class Communication:
-    """The decisions of compiling ``gm``, as its graphs become known: at once, but for a backward compiled later.
+class CompiledCollectives:
+    """The collectives of a compilation of ``gm``, graph by graph. A backward graph may be compiled later.
 
     Each is a line of the log. What the policy wants and the rules decline is a warning; so are overrides that match
     nothing, and, once all graphs are known, that none of them has a collective. The ranks compare their decisions
@@ -47,7 +47,7 @@ class Communication:
         from qpass.comm.graph.inductor_pass import CompressCollectives, places_of  # imports Inductor
 
         self.step = CompressCollectives(policy, strict, backward, places_of(gm))
-        self.graphs: list[GraphDecisions] = []
+        self.graphs: list[CollectiveRecords] = []
         self._remaining = 1 + training
         self._backward = backward
         self._is_running = False
@@ -55,7 +55,7 @@ class Communication:
         compile_id = CompileContext.current_compile_id()
         self._frame = compile_id.frame_id if compile_id is not None else object()  # recompilations share it
         self._compares = policy.join and _is_first(compile_id)
-        self._to_compare: list[GraphDecisions] = []
+        self._to_compare: list[CollectiveRecords] = []
 
     def compiled(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., Any]:
         """The result of ``compile(inner)``, where ``inner`` stands in for Inductor's ``compile_fx_inner``.
@@ -71,7 +71,7 @@ class Communication:
             call = compile(self._inner)
         if not self._to_compare:  # nothing was compiled: AOTAutograd's cache had all graphs
             self._remaining = 0
-            self._add(take() or [GraphDecisions(self._backward)])
+            self._add(take() or [CollectiveRecords(self._backward)])
         self._is_running = True
         call = call if self._feedback is None else self._checked(call, self._feedback)
         return self._compared_first(call) if self._compares or debug() else call
@@ -84,7 +84,7 @@ class Communication:
         if self._feedback is not None:
             self._bind(result, self._feedback)
         self._remaining = 0 if options.get("is_inference") else self._remaining - 1
-        self._add(take() or [GraphDecisions(self.step.backward)])
+        self._add(take() or [CollectiveRecords(self.step.backward)])
         if self._is_running:  # a backward, compiled when it is first needed
             self._compare(self._to_compare)
         return result
@@ -92,7 +92,7 @@ class Communication:
     def _bind(self, result: Any, feedback: Feedback) -> None:
         """Run the graph with the residuals of its frame. Its artifact is new at every hit of Inductor's cache, too."""
         run = getattr(result, "current_callable", None)
-        if run is None:  # a graph that calls nothing is no artifact
+        if run is None:  # a graph that calls nothing has no artifact
             return
 
         def bound(inputs: Any) -> Any:
@@ -108,7 +108,7 @@ class Communication:
 
         return checked
 
-    def _add(self, found: list[GraphDecisions]) -> None:
+    def _add(self, found: list[CollectiveRecords]) -> None:
         self.graphs += found
         self._to_compare += found
         missed = []
@@ -139,7 +139,7 @@ class Communication:
 
         return compared
 
-    def _compare(self, found: list[GraphDecisions]) -> None:
+    def _compare(self, found: list[CollectiveRecords]) -> None:
         """One exchange for each group that the graphs ``found`` send on; what agrees is not compared again."""
         plans: dict[str, list[tuple[str, str]]] = {}
         for decisions in found if self._compares or debug() else ():
@@ -158,7 +158,7 @@ def _is_first(compile_id: Any) -> bool:
     return compile_id is not None and compile_id.frame_compile_id == 0 and not compile_id.compiled_autograd_id
 
 
-def conclusions(communications: Sequence[Communication]) -> list[str]:
+def conclusions(communications: Sequence[CompiledCollectives]) -> list[str]:
     """What is to be said of compilations together, once all their graphs are known."""
     if not communications or not all(each.is_complete for each in communications):
         return []

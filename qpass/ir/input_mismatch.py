@@ -14,7 +14,9 @@ from qpass.ir.guard import HOLDS, static_size, symbol_of
 from qpass.torch_private import keystr, tree_flatten_with_path
 
 
-def misfit(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> InputError | None:
+def input_mismatch(
+    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+) -> InputError | None:
     """The error that says why ``gm`` cannot be called like this; None where its inputs are not to blame for ``error``.
 
     The values of the placeholders say what the graph holds for: dtypes, static sizes and Python values. What else the
@@ -80,13 +82,13 @@ def _kind(leaf: Any) -> str:
     return repr(leaf) if isinstance(leaf, (int, float, bool, str, type(None))) else f"a {type(leaf).__name__}"
 
 
-def _shapes_hint(inputs: list[fx.Node], given: list[tuple[str, str, Any]], misfitting: fx.Node) -> str:
+def _shapes_hint(inputs: list[fx.Node], given: list[tuple[str, str, Any]], mismatching: fx.Node) -> str:
     """The ``dynamic_shapes`` that would allow this call, where every argument is one value; else how to find them."""
     shapes = []
     for (name, path, leaf), node in zip(given, inputs, strict=True):
         val = node.meta["val"]
         alike = isinstance(leaf, Tensor) and isinstance(val, Tensor) and leaf.dim() == val.dim()
-        if path or (node is misfitting and not alike):
+        if path or (node is mismatching and not alike):
             return _ALLOW
         sizes = zip(val.shape, leaf.shape, strict=True) if alike else ()
         dims = [dim for dim, (was, is_) in enumerate(sizes) if symbol_of(was) is not None or was != is_]

@@ -1,7 +1,7 @@
-"""Kernels and packed weights under names of our own, which only Inductor's last step, lowering, resolves.
+"""Kernels and packed weights, hidden from AOTAutograd and Inductor under names of our own until Inductor lowers them.
 
-A packed weight is opaque: AOTAutograd cannot hold it, and Inductor wants it to be a constant. And Inductor's patterns
-would rewrite the kernels, though every rounding of the graph was decided before. So both pass through unrecognized::
+AOTAutograd cannot hold a packed weight, and Inductor wants it to be a constant. Inductor's patterns would rewrite the
+kernels, although every rounding of the graph was decided before. So neither may recognise them::
 
     onednn.qlinear(x, get_attr packed)  ->  qpass.onednn_qlinear(x, packed_weight("7"))  ->  AOTAutograd, patterns
         ->  lowered as onednn.qlinear(x, constant packed)
@@ -78,7 +78,7 @@ def _register_packed_weight() -> None:
 
 @functools.cache
 def _alias(kernel: torch_private.OpOverload) -> torch_private.OpOverload:
-    """An operator that is lowered as ``kernel`` and of which nothing but its shapes is known before.
+    """An operator that is lowered as ``kernel``. Until then nothing but its shapes is known.
 
     Where ``kernel`` writes to an operand and returns it, the alias is functional: the operand is copied when the
     graph reads it elsewhere.
@@ -120,7 +120,7 @@ def _share_constants(graph: Any) -> None:
 
 
 def _is_last_use(node: fx.Node, index: int) -> bool:
-    """Whether nothing behind ``node`` reads the memory of its operand, which is no input and no constant."""
+    """Whether nothing after ``node`` reads the memory of its operand, and the operand was computed in this graph."""
     base: Any = node.args[index]
     while _is_view(base):
         base = base.args[0]

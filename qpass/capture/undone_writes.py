@@ -1,7 +1,7 @@
-"""Writes of a trace to the caller's own tensors, undone behind it.
+"""Writes of a trace to the caller's own tensors, undone after it.
 
-`torch.export` computes with fake tensors, parameters and buffers among them. A tensor that is a plain attribute, as the
-counter and the keys of a cache object are, it takes as it is, and so a trace writes to it.
+`torch.export` computes with fake tensors in the place of parameters and buffers. It takes a tensor that is a plain
+attribute as it is, such as the counter and the keys of a cache object. So a trace writes to it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from qpass.torch_private import OpOverload, TorchDispatchMode, disable_current_m
 
 
 @contextmanager
-def undone() -> Iterator[None]:
-    """What is written inside to tensors that hold values is undone at the end."""
+def writes_undone() -> Iterator[None]:
+    """Undo at the end all writes inside to tensors that hold values."""
     writes = _Writes()
     try:
         with writes:

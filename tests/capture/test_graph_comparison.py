@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from qpass.capture.same import same_operators
+from qpass.capture.graph_comparison import same_operators
 
 
 class Plain(nn.Module):

@@ -29,7 +29,7 @@ from interpret import copied, values
 from qpass.ir.module import copy_graph_module
 from qpass.ir.pipeline import Pipeline
 from qpass.ir.text import target_name
-from qpass.islands.qdq import Pair, as_dequantize, as_quantize, cast_of
+from qpass.islands.qdq import QdqNode, as_dequantize, as_quantize, cast_of
 from qpass.quantize.passes.annotate import ISLAND
 from qpass.quantize.passes.assign_compute_dtype import ROWS
 from qpass.quantize.passes.carry_codes import CarryCodes
@@ -185,7 +185,7 @@ class _Judge:
         assert worst <= 1, f"{kernel} rounds {node.name} differently, {worst:.1f} times its error away from a tie"
 
 
-def _dequantized(pair: Pair | None, known: dict[fx.Node, Any]) -> Tensor:
+def _dequantized(pair: QdqNode | None, known: dict[fx.Node, Any]) -> Tensor:
     assert pair is not None
     codes, qparams = known[pair.value].double(), pair.qparams
     scale, zero_point = (

@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 
 import qpass
 from interpret import assert_true_vals
-from law import compare_kernels
+from kernel_comparison import compare_kernels
 from models import MODELS, fresh_inputs
+from pipeline_run import PER_TOKEN, STATIC, Do, kernel_names, same
 from qpass.ir.editor import Editor
 from qpass.islands.island import IslandMatch
 from qpass.presets import int8_dynamic, int8_static, int8_weight_only
@@ -27,7 +28,6 @@ from qpass.spec.config import Config
 from qpass.targets import Output
 from qpass.targets.x86 import linear
 from qpass.targets.x86.packing import packed
-from road import PER_TOKEN, STATIC, Do, kernel_names, same
 
 CONFIGS: dict[str, Config] = {
     "static": STATIC,

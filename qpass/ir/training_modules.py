@@ -1,8 +1,8 @@
-"""Modules that compute one thing in training and another in evaluation: what operators of a graph cannot say.
+"""Modules that compute one thing in training and another in evaluation, which no operator of a graph can.
 
-A graph that is captured for training holds them where the model holds dropout and batch norm, so ``.train()`` and
-``.eval()`` work on the graph module as on the model. They own no parameters and no buffers: those stay where the model
-has them, under their own names, and arrive as arguments.
+A graph that is captured for training holds them where the model has dropout and batch norm. So ``.train()`` and
+``.eval()`` work on the graph module as on the model. They own no parameters and no buffers. Those stay where the model
+has them, under their own names, and are given as arguments.
 
 A batch norm behind a quantized convolution is trained *folded*, since that is how it runs later: the weight that is
 rounded is the weight times ``factor = weight / sqrt(running_var + eps)`` (section 3.2 of Jacob et al. 2018,
@@ -46,11 +46,11 @@ FLAGGED: dict[Any, str] = {
 """Operators that stay where they are in either mode, each with the name of its flag for training."""
 
 BY_MODE = "qpass_by_mode"
-"""``meta`` key on an operator of a captured graph that computes something else in training: its `Mode`."""
+"""``meta`` key on an operator of a captured graph that computes something else in training: its `TrainingChange`."""
 
 
 @dataclass(frozen=True)
-class Mode:
+class TrainingChange:
     """What training changes about an operator.
 
     Attributes:
@@ -74,7 +74,7 @@ class Mode:
     alone: bool = field(default=False, compare=False, repr=False)
 
 
-class ByMode(nn.Module):
+class TrainingModule(nn.Module):
     """Base of the modules of this file; `training` decides what they compute.
 
     Attributes:
@@ -84,7 +84,7 @@ class ByMode(nn.Module):
     held = False
 
 
-class Dropout(ByMode):
+class Dropout(TrainingModule):
     """``dropout(x, p)`` in training, x itself in evaluation.
 
     Args:
@@ -103,7 +103,7 @@ class Dropout(ByMode):
         return f"{self.kind}, p={self.p}"
 
 
-class Attention(ByMode):
+class Attention(TrainingModule):
     """``scaled_dot_product_attention`` whose probabilities are dropped with probability `dropout_p` in training."""
 
     def __init__(self, dropout_p: float) -> None:
@@ -123,7 +123,7 @@ class Attention(ByMode):
         return f"dropout_p={self.dropout_p}"
 
 
-class Flagged(ByMode):
+class Flagged(TrainingModule):
     """An operator of `FLAGGED`, called with all its arguments but the flag, which is that of this module.
 
     Args:
@@ -143,7 +143,7 @@ class Flagged(ByMode):
         return self.operator(*self.with_flag(arguments, self.training))
 
 
-class Statistics(ByMode):
+class Statistics(TrainingModule):
     """What depends on the statistics of a batch norm; once they are frozen, training computes as evaluation does."""
 
     frozen = False
@@ -220,7 +220,7 @@ class BatchNorm(Statistics):
 
 
 class BatchNorm1d(BatchNorm, nn.BatchNorm1d):  # type: ignore[misc]  # a graph calls it, with its own tensors
-    """In the place of the model's own: found by whoever looks for batch norms, with its parameters and statistics."""
+    """Stands in the place of the model's own, so that code that looks for batch norms finds it with its parameters."""
 
 
 class BatchNorm2d(BatchNorm, nn.BatchNorm2d):  # type: ignore[misc]  # a graph calls it, with its own tensors
@@ -231,7 +231,7 @@ class BatchNorm3d(BatchNorm, nn.BatchNorm3d):  # type: ignore[misc]  # a graph c
     """As `BatchNorm1d`."""
 
 
-class Following(ByMode):
+class Following(TrainingModule):
     """What depends on the statistics that a batch norm uses; it does as the batch norm does, whatever its own mode."""
 
     def __init__(self, norm: BatchNorm) -> None:
@@ -269,7 +269,7 @@ class FoldFactor(Following):
         return torch.where(enabled.bool(), factor, 1.0)
 
 
-class FoldedWeight(ByMode):
+class FoldedWeight(TrainingModule):
     """``w * factor``, a factor for each output channel."""
 
     def forward(self, w: Tensor, factor: Tensor) -> Tensor:

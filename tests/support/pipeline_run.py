@@ -1,4 +1,4 @@
-"""The whole road for one small model, with everything checked on the way that must hold for every model."""
+"""One small model through all stages, with everything checked on the way that must hold for every model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import qpass
 from interpret import assert_true_vals
-from law import Compared, compare_kernels
+from kernel_comparison import Compared, compare_kernels
 from qpass.capture.export import capture
 from qpass.ir.record import NodeRecord, record_of
 from qpass.ir.text import target_name
@@ -40,8 +40,8 @@ class Do(nn.Module):
         return self.function(self, *inputs)
 
 
-class Road(NamedTuple):
-    """One model at three stages, and its kernels held against the law."""
+class Stages(NamedTuple):
+    """One model at three stages, and its kernels compared with the q/dq graph."""
 
     prepared: fx.GraphModule
     quantized: fx.GraphModule
@@ -49,11 +49,11 @@ class Road(NamedTuple):
     kernels: list[Compared]
 
 
-def road(model: nn.Module, *inputs: Tensor, config: Config = STATIC) -> Road:
+def run_stages(model: nn.Module, *inputs: Tensor, config: Config = STATIC) -> Stages:
     """``model`` prepared, calibrated on ``inputs``, converted and lowered.
 
     Checked: with observers it computes what the float model computes, bit for bit; every ``val`` tells the truth;
-    every kernel obeys the law.
+    every kernel equals the q/dq graph within its bound.
     """
     model.eval()
     prepared = qpass.prepare(model, inputs, config=config)
@@ -63,7 +63,7 @@ def road(model: nn.Module, *inputs: Tensor, config: Config = STATIC) -> Road:
     lowered = qpass.lower(quantized)
     for gm in (prepared, quantized, lowered):
         assert_true_vals(gm, *inputs)
-    return Road(prepared, quantized, lowered, compare_kernels(quantized, *inputs))
+    return Stages(prepared, quantized, lowered, compare_kernels(quantized, *inputs))
 
 
 def same(a: Any, b: Any) -> bool:

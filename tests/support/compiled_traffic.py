@@ -22,13 +22,13 @@ INT8 = comm.codec("int8")
 ALL = {"comm": comm.Policy("int8", tuple(comm.policy.cost.FORMS), 0)}
 
 
-class Watch:
+class CompiledTraffic:
     """The collectives of every graph that was compiled while it watched: before, after, and the decisions.
 
     Graphs come from no cache meanwhile, which another rank may have filled: they would not be seen.
     """
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> CompiledTraffic:
         self.caches = contextlib.ExitStack()
         self.caches.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
         self.caches.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))

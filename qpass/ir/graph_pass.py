@@ -1,4 +1,4 @@
-"""What every pass is, and what it says of its work."""
+"""Pass, the base of all passes, and PassResult, what a pass returns."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Pass:
-    """One law over one graph. Fields are its options; ``run`` says what it did, and changes nothing but the graph."""
+    """One kind of change to a graph. Fields are its options. ``run`` changes the graph alone, and says what it did."""
 
     whole: ClassVar[bool] = False
-    """A whole pass is run once over a graph: it goes through the regions by itself, and leaves no dead code."""
+    """A pass that is whole runs once over a graph. It goes through the regions by itself, and leaves no dead code."""
 
     @property
     def name(self) -> str:

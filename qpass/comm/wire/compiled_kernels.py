@@ -22,17 +22,17 @@ from qpass.comm.wire.kernels import NONE, Hints
 
 log = logging.getLogger(__name__)
 
-Kernel = Callable[..., Any]
+CompiledKernel = Callable[..., Any]
 
 COMPILE_FROM = 1 << 16
 """Elements from which a kernel is worth compiling (seconds, once); smaller calls use it only if it is there."""
 
 _ROWS = 16  # of the example that is traced: any number but 0 and 1
-_compiled: dict[tuple[Any, ...], Kernel | None] = {}
+_compiled: dict[tuple[Any, ...], CompiledKernel | None] = {}
 _lock = threading.Lock()
 
 
-def encode_kernel(wire: WireFormat, dtype: torch.dtype, device: torch.device, numel: int) -> Kernel:
+def encode_kernel(wire: WireFormat, dtype: torch.dtype, device: torch.device, numel: int) -> CompiledKernel:
     """``kernel(x [rows, row], *codes, scales, *numbers)`` writes codes and scales; views as `encoded` makes them.
 
     numbers: the seed and the first element's number, int64 scalars, for stochastic formats; else nothing.
@@ -57,7 +57,7 @@ def encode_kernel(wire: WireFormat, dtype: torch.dtype, device: torch.device, nu
 
 def reduce_kernel(
     wire: WireFormat, dtype: torch.dtype, device: torch.device, numel: int, world: int, divisor: int
-) -> Kernel:
+) -> CompiledKernel:
     """``kernel(*outs, *payloads [rows, width])`` writes the sum of `world` payloads over `divisor`.
 
     outs: the `wire.pieces` equal pieces, ``[rows, row / pieces]``, of ``[rows, row]``.
@@ -99,7 +99,9 @@ def _constant(size: int, device: torch.device) -> Tensor:
     return torch.tensor(signs, device=device)
 
 
-def _kernel(key: tuple[Any, ...], numel: int, function: Kernel, example: Callable[[int], list[Tensor]]) -> Kernel:
+def _kernel(
+    key: tuple[Any, ...], numel: int, function: CompiledKernel, example: Callable[[int], list[Tensor]]
+) -> CompiledKernel:
     if key not in _compiled and numel >= COMPILE_FROM:
         with _lock:  # torch's tracing is not thread-safe
             if key not in _compiled:
@@ -111,7 +113,7 @@ def _payload(rows: int, wire: WireFormat, device: torch.device) -> Tensor:
     return torch.empty(rows, wire.width, dtype=torch.uint8, device=device)
 
 
-def _compile(function: Kernel, example: Callable[[int], list[Tensor]]) -> Kernel | None:
+def _compile(function: CompiledKernel, example: Callable[[int], list[Tensor]]) -> CompiledKernel | None:
     """`function`, compiled for tensors like ``example(rows)`` with any number of rows but 0 and 1."""
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext

@@ -1,10 +1,9 @@
-"""What was decided about the collectives of a compiled graph, kept inside the artifact that Inductor caches.
+"""The records of the collectives of a compiled graph, kept inside the artifact that Inductor caches.
 
-A cached graph is served without any pass running again, so decisions that a pass only tells would be lost. Inductor
-stores with every compiled graph by how much each of its counters rose meanwhile, and raises them again whenever the
-graph is served, by whichever of its caches: the FX graph cache, AOTAutograd's, a remote one. So decisions travel as
-the name of a counter. They are as old as the code that they describe, and gone when it is; lines of the user's source
-are as they were then.
+A cached graph is served without running a pass again, so records that a pass only logs would be lost. Inductor stores
+with every compiled graph by how much each counter rose meanwhile. It raises the counters again whenever a cache serves
+the graph: the FX graph cache, AOTAutograd's, or a remote one. So the records are kept as the name of a counter. They
+are as old as the code that they describe, and so are the lines of the user's source in them.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ _KEPT = [field.name for field in fields(NodeRecord) if field.name != "compute_dt
 
 
 @dataclass(frozen=True)
-class GraphDecisions:
-    """The decision about each collective of one compiled graph, in its order.
+class CollectiveRecords:
+    """The record of each collective of one compiled graph, in the order of the graph.
 
     ``overrides`` are those of the policy that are meant for such a graph, each with whether it met a collective, and a
     name near to what it says. ``notes`` are sentences about the whole graph.
@@ -57,7 +56,7 @@ class GraphDecisions:
         return found
 
 
-def unmatched(graphs: Iterable[GraphDecisions]) -> list[str]:
+def unmatched(graphs: Iterable[CollectiveRecords]) -> list[str]:
     """The overrides that met a collective in none of the graphs that they are meant for, with a name near to each."""
     hints: dict[str, str] = {}
     met = set()
@@ -67,8 +66,8 @@ def unmatched(graphs: Iterable[GraphDecisions]) -> list[str]:
     return [f"{name} of comm matches no collective{hint}" for name, hint in hints.items() if name not in met]
 
 
-def keep(decisions: GraphDecisions) -> None:
-    """Keep the decisions with the graph that is being compiled."""
+def keep(decisions: CollectiveRecords) -> None:
+    """Keep the records with the graph that is being compiled."""
     plain = {
         "backward": decisions.backward,
         "records": [{name: getattr(record, name) for name in _KEPT} for record in decisions.records],
@@ -78,15 +77,15 @@ def keep(decisions: GraphDecisions) -> None:
     torch_private.counters["inductor"][PREFIX + json.dumps(plain)] += 1
 
 
-def take() -> list[GraphDecisions]:
-    """The decisions of the graphs that were compiled or served since the last call, in their order; taken once."""
+def take() -> list[CollectiveRecords]:
+    """The records of the graphs that were compiled or served since the last call, in their order."""
     counters = torch_private.counters["inductor"]
     found = [name for name in counters if name.startswith(PREFIX)]
     return [_read(name) for name in found for _ in range(counters.pop(name))]
 
 
-def _read(name: str) -> GraphDecisions:
+def _read(name: str) -> CollectiveRecords:
     plain = json.loads(name.removeprefix(PREFIX))
     records = tuple(NodeRecord(**record) for record in plain["records"])
     overrides = tuple((name, met, hint) for name, met, hint in plain["overrides"])
-    return GraphDecisions(plain["backward"], records, overrides, tuple(plain["notes"]))
+    return CollectiveRecords(plain["backward"], records, overrides, tuple(plain["notes"]))

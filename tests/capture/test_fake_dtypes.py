@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qpass.capture.misdescribed import MISDESCRIBED, correct_vals, spell_out
+from qpass.capture.fake_dtypes import WITH_WRONG_DTYPES, correct_vals, decompose_calls
 
 
 def traced(x: Tensor) -> fx.GraphModule:
     def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale, zero_point = MISDESCRIBED(x, torch.int8)
+        scale, zero_point = WITH_WRONG_DTYPES(x, torch.int8)
         return scale, zero_point
 
     return make_fx(scaled, tracing_mode="fake")(x)
@@ -32,6 +32,6 @@ def test_spelled_out_it_computes_the_same() -> None:
     x = torch.randn(3, 8)
     gm = traced(x)
     expected = gm(x)
-    assert spell_out(gm) == 1
+    assert decompose_calls(gm) == 1
     assert all(torch.equal(a, b) for a, b in zip(gm(x), expected, strict=True))
-    assert spell_out(gm) == correct_vals(gm) == 0
+    assert decompose_calls(gm) == correct_vals(gm) == 0

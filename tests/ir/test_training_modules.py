@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qpass.ir.modes import Attention, BatchNorm, Dropout, FoldedBias, FoldedWeight, FoldFactor
+from qpass.ir.training_modules import Attention, BatchNorm, Dropout, FoldedBias, FoldedWeight, FoldFactor
 
 ON, OFF = torch.ones(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
 

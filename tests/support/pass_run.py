@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from interpret import assert_true_vals, operators
-from qpass.ir.frame import Pass
+from qpass.ir.graph_pass import Pass
 
 
 def run_once(step: Pass, gm: fx.GraphModule, *inputs: Tensor) -> int:
