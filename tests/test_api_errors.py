@@ -134,13 +134,13 @@ def test_overrides_leave_nothing_to_quantize() -> None:
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        ({"module": "secnd"}, "Override 0 (module='secnd') matches nothing in this model (did you mean 'second'?)."),
-        ({"op": "linaer"}, "Override 0 (op='linaer') matches nothing in this model (did you mean 'linear'?)."),
+        ({"module": "secnd"}, "Override 0 (module='secnd') matches nothing in this model (did you mean 'second'?)"),
+        ({"op": "linaer"}, "Override 0 (op='linaer') matches nothing in this model (did you mean 'linear'?)"),
         (
             {"module_type": "Linaer"},
-            "Override 0 (module_type='Linaer') matches nothing in this model (did you mean 'Linear'?).",
+            "Override 0 (module_type='Linaer') matches nothing in this model (did you mean 'Linear'?)",
         ),
-        ({"module_type": nn.Conv2d}, "Override 0 (module_type='Conv2d') matches nothing in this model."),
+        ({"module_type": nn.Conv2d}, "Override 0 (module_type='Conv2d') matches nothing in this model"),
     ],
 )
 def test_an_override_matches_nothing(condition: dict[str, Any], message: str) -> None:
@@ -153,7 +153,7 @@ def test_an_override_matches_nothing(condition: dict[str, Any], message: str) ->
 
 def test_an_unknown_preset() -> None:
     assert error_of(lambda: qpass.prepare(two(), config="int8_statc"), ConfigError) == (
-        "There is no preset 'int8_statc' (did you mean 'int8_static'?).\n"
+        "There is no preset 'int8_statc' (did you mean 'int8_static'?)\n"
         "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat"
     )
 
@@ -233,7 +233,7 @@ def test_prepare_is_given_a_prepared_or_quantized_model() -> None:
 
 def test_a_config_of_another_kind() -> None:
     assert error_of(lambda: prepared(config=8), InputError) == (
-        "A config is a Config or the name of a preset, not int.\n"
+        "A config is a Config or the name of a preset, not int\n"
         "  to do: pass one of int8_static, int8_dynamic, int8_weight_only, int8_qat, or build a qpass.Config"
     )
 

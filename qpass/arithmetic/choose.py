@@ -74,7 +74,7 @@ def _of_the_whole(
 ) -> tuple[Tensor, Tensor]:
     _check(input, dtype, quant_min, quant_max)
     if quant_min >= quant_max:
-        raise InputError(f"quant_min ({quant_min}) must be below quant_max ({quant_max}).")
+        raise InputError(f"quant_min ({quant_min}) must be below quant_max ({quant_max})")
     if _is_none(input.numel()):
         low = high = input.new_zeros(())
     else:
@@ -107,7 +107,7 @@ def _at_most_largest(size: Tensor) -> Tensor:
 def _check(input: Tensor, dtype: torch.dtype, quant_min: Any, quant_max: Any) -> None:
     check_codes(dtype, quant_min, quant_max)
     if not input.is_floating_point():
-        raise InputError(f"Values to quantize are floating point, not {input.dtype}.")
+        raise InputError(f"Values to quantize are floating point, not {input.dtype}")
 
 
 def _is_none(number: int) -> bool:

@@ -30,14 +30,14 @@ class Grid:
 def per_tensor(scale: Any, zero_point: Any) -> Grid:
     """One scale for everything: numbers, or tensors of one element, which like a number do not widen what they meet."""
     if not isinstance(scale, Tensor) and scale == 0:
-        raise InputError("The scale is 0, and nothing can be divided by it.")
+        raise InputError("The scale is 0, and nothing can be divided by it")
     return Grid(_single(scale, "scale"), _single(zero_point, "zero_point"))
 
 
 def per_channel(x: Tensor, scales: Tensor, zero_points: Tensor | None, axis: int) -> Grid:
     """A scale for each index of dimension `axis`: scales ``[x.shape[axis]]``; no zero points means zeros."""
     if not -x.dim() <= axis < x.dim():
-        raise InputError(f"axis {axis} is out of range for a tensor of {x.dim()} dimensions.")
+        raise InputError(f"axis {axis} is out of range for a tensor of {x.dim()} dimensions")
     channel = axis % x.dim()
     size = x.shape[channel]
     _check_count(scales, zero_points, size, f"the {size} indices of dimension {channel}")
@@ -59,13 +59,13 @@ def per_group(x: Tensor, scales: Tensor, zero_points: Tensor | None, group_size:
     A group wider than the row is the row, where the row has one scale. No zero points means zeros.
     """
     if x.dim() == 0:
-        raise InputError("A tensor without dimensions has no groups.")
+        raise InputError("A tensor without dimensions has no groups")
     columns = x.shape[-1]
     size = group_size
     if group_size > columns and scales.dim() and scales.shape[-1] == 1:
         size = max(columns, 1)
     if size < 1 or columns % size != 0:
-        raise InputError(f"group_size {group_size} does not divide the {columns} columns of the tensor.")
+        raise InputError(f"group_size {group_size} does not divide the {columns} columns of the tensor")
     count = columns // size
     groups = math.prod(x.shape[:-1]) * count
     _check_count(scales, zero_points, groups, f"{groups} groups")
@@ -84,22 +84,22 @@ def check_codes(dtype: torch.dtype, quant_min: Any, quant_max: Any) -> None:
     """Refuse a dtype that cannot hold codes, and bounds that it cannot hold; bounds in tensors are not looked at."""
     if dtype not in CODE_RANGES:
         raise InputError(
-            f"Codes cannot be stored as {dtype}.",
+            f"Codes cannot be stored as {dtype}",
             hint=f"use one of {', '.join(map(str, CODE_RANGES))}; fewer bits are carried in int8 or uint8 by "
             "quant_min and quant_max",
         )
     low, high = CODE_RANGES[dtype]
     for bound in (quant_min, quant_max):
         if isinstance(bound, int) and not low <= bound <= high:
-            raise InputError(f"A code of {bound} does not fit {dtype}, which holds {low}..{high}.")
+            raise InputError(f"A code of {bound} does not fit {dtype}, which holds {low}..{high}")
     if isinstance(quant_min, int) and isinstance(quant_max, int) and quant_min > quant_max:
-        raise InputError(f"No code lies in {quant_min}..{quant_max}.")
+        raise InputError(f"No code lies in {quant_min}..{quant_max}")
 
 
 def _single(value: Any, name: str) -> Any:
     if not isinstance(value, Tensor):
         return value
-    torch._check_with(InputError, value.numel() == 1, lambda: f"{name} has {value.numel()} elements, not one.")
+    torch._check_with(InputError, value.numel() == 1, lambda: f"{name} has {value.numel()} elements, not one")
     return value.reshape(())
 
 

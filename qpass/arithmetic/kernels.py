@@ -135,7 +135,7 @@ def fake_quant_per_channel(
     """
     dtype = next((t for t, (low, high) in numerics.RANGES.items() if low <= quant_min and quant_max <= high), None)
     if dtype is None:
-        raise InputError(f"No integer dtype holds codes of {quant_min}..{quant_max}.")
+        raise InputError(f"No integer dtype holds codes of {quant_min}..{quant_max}")
     grid = per_channel(input, scales, zero_points, axis)
     codes = _quantize(input, grid, quant_min, quant_max, dtype)
     return _dequantize(codes, grid, quant_min, quant_max, dtype, input.dtype, None)
@@ -149,7 +149,7 @@ def convert_element_type(input: Tensor, dtype: torch.dtype) -> Tensor:
 def _quantize(input: Tensor, grid: Grid, quant_min: Any, quant_max: Any, dtype: torch.dtype) -> Tensor:
     check_codes(dtype, quant_min, quant_max)
     if not input.is_floating_point():
-        raise InputError(f"Values to quantize are floating point, not {input.dtype}.")
+        raise InputError(f"Values to quantize are floating point, not {input.dtype}")
     bounds = _scalar(quant_min), _scalar(quant_max)
     codes = numerics.quantize(grid.view(input), grid.scale, grid.zero_point, *bounds, dtype, grid.adds_first)
     codes = grid.back(codes)
@@ -168,7 +168,7 @@ def _dequantize(
 ) -> Tensor:
     """Computed in `compute`, or where that is None in what `out_dtype` asks for."""
     if codes.dtype != dtype:
-        raise InputError(f"Codes are {codes.dtype}, but the operator says {dtype}.")
+        raise InputError(f"Codes are {codes.dtype}, but the operator says {dtype}")
     check_codes(dtype, quant_min, quant_max)
     values = numerics.dequantize(grid.view(codes), grid.scale, grid.zero_point, out_dtype or torch.float32, compute)
     return straight_through.connect(grid.back(values), codes, grid)

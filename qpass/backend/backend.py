@@ -125,7 +125,7 @@ class Backend:
         return remember(lowered, weights, communication).noting(call, positions)
 
     def _why_in_float(self, gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool) -> str:
-        """Why a graph that would be lowered, or quantized by the configuration, cannot be; "" for all others."""
+        """Why a graph that should be lowered, or quantized by the configuration, cannot be; "" for all others."""
         if _has_qdq(gm) or self.config is None:
             return AUTOCAST if _has_qdq(gm) and not training and torch.is_autocast_enabled("cpu") else ""
         observers = _observers(gm)
@@ -224,7 +224,7 @@ def qpass_backend(
 
 
 def accounted(graph: fx.GraphModule, target: str | Target) -> fx.GraphModule:
-    """A retraced graph at the quantized stage, with a record on every operation, as ``prepare`` leaves them."""
+    """A retraced graph at the quantized stage, with a record on every operation, as ``prepare`` leaves it."""
     chosen = for_graph(graph, (prepared_for() or AUTO) if target == AUTO else target)
     record = graph_record(graph)
     record.target = chosen.name
@@ -236,7 +236,7 @@ def accounted(graph: fx.GraphModule, target: str | Target) -> fx.GraphModule:
 
 
 def prepared_for() -> str:
-    """The name of the target that the converted models in what is compiled now were prepared for; "" if not of one."""
+    """The target that the models compiled now were prepared for, by name; "" where there are several or none."""
     held = [part for module in modules_of(program_compiled_now()) for part in module.modules()]
     records = [part.meta.get(GRAPH_KEY) for part in held if isinstance(part, fx.GraphModule)]
     names = {record.target for record in records if isinstance(record, GraphRecord) and record.stage == "quantized"}

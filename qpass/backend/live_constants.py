@@ -1,7 +1,7 @@
-"""Constants that follow from weights, computed again when the weights are others than before.
+"""Constants that are derived from weights, computed again when a weight changes.
 
 A lowered graph reads ``packed = pack(codes)`` and ``scale = f(weight)``: constants that some pass derived from others
-(:class:`~qpass.backend.derivation.Derivation`). Here they are kept in step with the weights that each call brings.
+(:class:`~qpass.backend.derivation.Derivation`). Here they follow the weights that each call brings.
 
 Dynamo runs one compiled graph for all models of one kind, for the layers of a transformer say, with the weights of
 each in turn. So the derived constants are kept once per set of weights, and changing over costs next to nothing. They

@@ -147,7 +147,7 @@ def _is_weight(value: Any) -> bool:
 
 
 def _memory(value: Tensor) -> int:
-    """The identity of a tensor's storage, or its own where it has none."""
+    """The identity of a tensor's storage, or of the tensor where it has no storage."""
     return value.untyped_storage()._cdata if value.layout == torch.strided else id(value)
 
 

@@ -1,4 +1,4 @@
-"""The operations of a model as its graph accounts for them: one row each, with the decision and its reason."""
+"""The operations of a model by its graph: one row each, with the decision and its reason."""
 
 from __future__ import annotations
 

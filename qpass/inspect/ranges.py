@@ -1,4 +1,4 @@
-"""What the observers of a prepared model saw: the range, what was chosen of it, and a histogram where one was kept."""
+"""The ranges that the observers of a prepared model saw and chose, with a histogram where one was kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of every operation of a model, and why: read from the graph, for a person or for a program."""
+"""The report of a model: what became of every operation, and why, for a person or for a program."""
 
 from __future__ import annotations
 

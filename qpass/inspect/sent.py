@@ -1,4 +1,4 @@
-"""What a DDP hook or `compress_fsdp` has sent: one row for every bucket or unit, with bytes and the reason if plain."""
+"""The report of a DDP hook or of `compress_fsdp`: a row for every bucket or unit, with bytes and reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taking a snapshot of a program: a graph module, an exported program, a file, a compiled model.
+"""The snapshot of a program: a graph module, an exported program, a file, or a compiled model.
 
 Regions (the bodies of ``cond``, ``while_loop``, ``torch.no_grad`` ...) stand in the same list as the graph around them,
 each node with the name of its region. Lifted parameters of an ``ExportedProgram`` are shown as the ``get_attr`` that

@@ -1,4 +1,4 @@
-"""The collectives of a compiled model as their decisions account for them: one row each."""
+"""The collectives of a compiled model by their records: one row each."""
 
 from __future__ import annotations
 

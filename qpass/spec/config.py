@@ -53,7 +53,7 @@ class Override:
     def __post_init__(self) -> None:
         if self.module is None and self.module_type is None and self.op is None:
             raise ConfigError(
-                "An override names no module, module_type or op, so it would hold everywhere.",
+                "An override names no module, module_type or op, so it would hold everywhere",
                 hint="name what it is for, or change the config's own activation and weight",
             )
         _check_spec("Override activation", self.activation)
@@ -111,15 +111,15 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("activation", "weight"):
             if getattr(self, name) is INHERIT:
-                raise ConfigError(f"Config {name} has nothing to inherit from: INHERIT belongs in an override.")
+                raise ConfigError(f"Config {name} has nothing to inherit from: INHERIT belongs in an override")
             _check_spec(f"Config {name}", getattr(self, name))
         object.__setattr__(self, "compute_dtype", _checked_compute_dtype(self.compute_dtype))
         if isinstance(self.comm, Mapping):
-            raise ConfigError("Config comm cannot be a dict.", hint="write qpass.comm.Policy(...) with its items")
+            raise ConfigError("Config comm cannot be a dict", hint="write qpass.comm.Policy(...) with its items")
         object.__setattr__(self, "overrides", tuple(self.overrides))
         for override in self.overrides:
             if not isinstance(override, Override):
-                raise ConfigError(f"Config overrides must be Override objects, not {override!r}.")
+                raise ConfigError(f"Config overrides must be Override objects, not {override!r}")
 
     @property
     def trains(self) -> bool:
@@ -191,7 +191,7 @@ def unmatched(
         lines.append(f"override {index} ({override}) {what}{hints}")
     what = "; ".join(lines)
     return ConfigError(
-        f"{what[0].upper()}{what[1:]}.",
+        f"{what[0].upper()}{what[1:]}",
         hint="correct the name, or remove the override; the first match wins, so an earlier one may hide it",
     )
 
@@ -232,7 +232,7 @@ def _full_name(module_type: type | str) -> str:
 
 def _check_spec(what: str, spec: object) -> None:
     if spec is not None and spec is not INHERIT and not isinstance(spec, QuantizationSpec):
-        raise ConfigError(f"{what} must be a QuantizationSpec or None, not {spec!r}.")
+        raise ConfigError(f"{what} must be a QuantizationSpec or None, not {spec!r}")
 
 
 def _checked_compute_dtype(given: Any) -> torch.dtype | Literal["auto"] | None:
@@ -241,7 +241,7 @@ def _checked_compute_dtype(given: Any) -> torch.dtype | Literal["auto"] | None:
     name = str(given).removeprefix("torch.")
     if name not in _DTYPES or not isinstance(given, str | torch.dtype):
         raise ConfigError(
-            f"Config compute_dtype cannot be {given!r}{near(name, ('auto', *_DTYPES))}.",
+            f"Config compute_dtype cannot be {given!r}{near(name, ('auto', *_DTYPES))}",
             hint="use 'auto', 'bfloat16', 'float16', 'float32' (or torch.bfloat16 and so on) or None",
         )
     return _DTYPES[name]

@@ -35,7 +35,7 @@ def int8_dynamic(granularity: Literal["token", "tensor"] = "token", *, compute_d
     }
     if granularity not in activations:
         raise ConfigError(
-            f"int8_dynamic knows no granularity {granularity!r}{near(str(granularity), activations)}.",
+            f"int8_dynamic knows no granularity {granularity!r}{near(str(granularity), activations)}",
             hint="use 'token' or 'tensor'",
         )
     return Config(activation=activations[granularity], weight=_int8_weight(), compute_dtype=compute_dtype)
@@ -60,7 +60,7 @@ def int8_qat(*, weight_bits: int = 8, activation_bits: int = 8, compute_dtype: C
     """
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
         if bits not in range(2, 9):
-            raise ConfigError(f"int8_qat takes {name} from 2 to 8, not {bits!r}.", hint="codes are stored in int8")
+            raise ConfigError(f"int8_qat takes {name} from 2 to 8, not {bits!r}", hint="codes are stored in int8")
     largest = 2 ** (weight_bits - 1) - 1
     return Config(
         activation=QuantizationSpec(
@@ -94,12 +94,12 @@ def get(name_or_config: str | Config) -> Config:
         return name_or_config
     if not isinstance(name_or_config, str):
         raise InputError(
-            f"A config is a Config or the name of a preset, not {type(name_or_config).__name__}.",
+            f"A config is a Config or the name of a preset, not {type(name_or_config).__name__}",
             hint=f"pass one of {', '.join(PRESETS)}, or build a qpass.Config",
         )
     if name_or_config not in PRESETS:
         raise ConfigError(
-            f"There is no preset {name_or_config!r}{near(name_or_config, PRESETS)}.",
+            f"There is no preset {name_or_config!r}{near(name_or_config, PRESETS)}",
             hint=f"use one of {', '.join(PRESETS)}",
         )
     return PRESETS[name_or_config]()

@@ -27,7 +27,7 @@ class PerChannel:
 
     def __post_init__(self) -> None:
         if not _is_int(self.axis):
-            raise ConfigError(f"PerChannel axis must be an int, not {self.axis!r}.")
+            raise ConfigError(f"PerChannel axis must be an int, not {self.axis!r}")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PerGroup:
     def __post_init__(self) -> None:
         if not _is_int(self.group_size) or self.group_size <= 0:
             raise ConfigError(
-                f"PerGroup group_size must be a positive int, not {self.group_size!r}.",
+                f"PerGroup group_size must be a positive int, not {self.group_size!r}",
                 hint="choose a size that divides the last dimension of the weight, such as 32, 64 or 128",
             )
 
@@ -153,7 +153,7 @@ def _check_fields(spec: QuantizationSpec) -> None:
     if spec.dtype in FLOAT8_RANGES:
         raise ConfigError(
             f"QuantizationSpec cannot store codes as {spec.dtype}: the q/dq operators that graphs carry round to whole "
-            "numbers before they cast, so that 0.3 becomes 0.",
+            "numbers before they cast, so that 0.3 becomes 0",
             hint="use int8; as a cast, outside a prepared model, an 8-bit float is quantized by the operators of "
             "qpass.ops.quantized_decomposed",
         )
@@ -161,23 +161,23 @@ def _check_fields(spec: QuantizationSpec) -> None:
         names = [dtype_name(dtype) for dtype in RANGES]
         name = dtype_name(spec.dtype)
         raise ConfigError(
-            f"QuantizationSpec cannot store codes as {spec.dtype}{near(name, names)}.",
+            f"QuantizationSpec cannot store codes as {spec.dtype}{near(name, names)}",
             hint=f"use one of {', '.join(names)}; a range below 8 bits is carried in int8 by quant_min and quant_max",
         )
     if not isinstance(spec.granularity, Granularity):
         raise ConfigError(
-            f"QuantizationSpec granularity cannot be {spec.granularity!r}.",
+            f"QuantizationSpec granularity cannot be {spec.granularity!r}",
             hint="use PerTensor(), PerChannel(axis), PerGroup(group_size) or PerToken()",
         )
     for name in ("quant_min", "quant_max"):
         bound = getattr(spec, name)
         if bound is not None and not _is_int(bound):
-            raise ConfigError(f"QuantizationSpec {name} must be an int or None, not {bound!r}.")
+            raise ConfigError(f"QuantizationSpec {name} must be an int or None, not {bound!r}")
     if spec.eps is not None and not (math.isfinite(spec.eps) and spec.eps > 0):
-        raise ConfigError(f"QuantizationSpec eps must be positive and finite, not {spec.eps!r}.")
+        raise ConfigError(f"QuantizationSpec eps must be positive and finite, not {spec.eps!r}")
     if spec.observer is not None and not callable(spec.observer):
         raise ConfigError(
-            f"QuantizationSpec observer must be an observer class or a callable that makes one, not {spec.observer!r}."
+            f"QuantizationSpec observer must be an observer class or a callable that makes one, not {spec.observer!r}"
         )
 
 
@@ -186,17 +186,17 @@ def _check_range(spec: QuantizationSpec) -> None:
     quant_min, quant_max = spec.range
     if quant_min >= quant_max:
         raise ConfigError(
-            f"QuantizationSpec quant_min ({quant_min}) must be below quant_max ({quant_max}).",
+            f"QuantizationSpec quant_min ({quant_min}) must be below quant_max ({quant_max})",
             hint="swap them, or leave both out to use the dtype's range",
         )
     if quant_min < low or quant_max > high:
         raise ConfigError(
-            f"QuantizationSpec range {quant_min}..{quant_max} does not fit {spec.dtype}, which holds {low}..{high}.",
+            f"QuantizationSpec range {quant_min}..{quant_max} does not fit {spec.dtype}, which holds {low}..{high}",
             hint="narrow the range, or choose a wider dtype",
         )
     if spec.symmetric and quant_min < 0 and abs(quant_min + quant_max) > 1:
         raise ConfigError(
-            f"QuantizationSpec is symmetric, but its range {quant_min}..{quant_max} is not centred on zero.",
+            f"QuantizationSpec is symmetric, but its range {quant_min}..{quant_max} is not centred on zero",
             hint=f"use {-quant_max}..{quant_max}, or symmetric=False",
         )
 
@@ -206,19 +206,19 @@ def _check_granularity(spec: QuantizationSpec) -> None:
     if isinstance(granularity, PerToken):
         if not spec.dynamic:
             raise ConfigError(
-                "QuantizationSpec is per token but static: tokens seen in calibration say nothing about later ones.",
+                "QuantizationSpec is per token but static: tokens seen in calibration say nothing about later ones",
                 hint="set dynamic=True, or use PerTensor()",
             )
         allowed = ((-127, 127), (-128, 127)) if spec.symmetric else ((-128, 127),)
         if spec.dtype is not torch.int8 or spec.range not in allowed:
             raise ConfigError(
                 f"QuantizationSpec is per token with range {spec.range[0]}..{spec.range[1]} of {spec.dtype}: "
-                "the per-token operators know int8 in full only.",
+                "the per-token operators know int8 in full only",
                 hint="use dtype=torch.int8 without quant_min and quant_max, or PerTensor()",
             )
     elif spec.dynamic and not isinstance(granularity, PerTensor):
         raise ConfigError(
-            f"QuantizationSpec is dynamic with {granularity!r}: a scale found at run time is per tensor or per token.",
+            f"QuantizationSpec is dynamic with {granularity!r}: a scale found at run time is per tensor or per token",
             hint="use PerTensor() or PerToken(), or dynamic=False",
         )
 

@@ -230,24 +230,24 @@ def test_groups_of_any_shape() -> None:
     [
         (
             lambda: kernels.quantize_per_tensor(torch.ones(2), 1.0, 0, -200, 127, torch.int8),
-            "A code of -200 does not fit torch.int8, which holds -128..127.",
+            "A code of -200 does not fit torch.int8, which holds -128..127",
         ),
         (
             lambda: kernels.dequantize_per_tensor(torch.ones(2).byte(), 1.0, 0, 0, 255, torch.int8),
-            "Codes are torch.uint8, but the operator says torch.int8.",
+            "Codes are torch.uint8, but the operator says torch.int8",
         ),
         (
             lambda: kernels.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.ones(2), 2, 0, 1, torch.int8),
-            "axis 2 is out of range for a tensor of 2 dimensions.",
+            "axis 2 is out of range for a tensor of 2 dimensions",
         ),
         (
             lambda: kernels.quantize_per_channel_group(torch.ones(2, 6), torch.ones(2, 2), torch.ones(2, 2), 0, 1,
                                                        torch.int8, 4),
-            "group_size 4 does not divide the 6 columns of the tensor.",
+            "group_size 4 does not divide the 6 columns of the tensor",
         ),
         (
             lambda: choose_qparams_per_token(torch.ones(2, 2), torch.float16),
-            "Codes cannot be stored as torch.float16.\n"
+            "Codes cannot be stored as torch.float16\n"
             "  to do: use one of torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.float8_e4m3fn, "
             "torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz; fewer bits are carried in int8 or uint8 "
             "by quant_min and quant_max",

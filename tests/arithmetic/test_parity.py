@@ -118,10 +118,10 @@ def float8(dtype: torch.dtype) -> Callable[[Any], int]:
 
 
 def stored_as(dtype: torch.dtype) -> str:
-    return f"InputError: Codes cannot be stored as {dtype}."
+    return f"InputError: Codes cannot be stored as {dtype}"
 
 
-BELOW = "InputError: A code of -200 does not fit torch.int8, which holds -128..127."
+BELOW = "InputError: A code of -200 does not fit torch.int8, which holds -128..127"
 STRIDED = torch.arange(8.0).reshape(4, 2).t()
 F32 = "torch.float32"
 
@@ -152,7 +152,7 @@ ROWS: list[tuple[str, Callable[[Any], Any], Any]] = [
     (
         "fake_quant_per_channel with axis -5",
         lambda ops: ops.fake_quant_per_channel(SQUARE, ONES, NONE, -5, -8, 7),
-        "InputError: axis -5 is out of range for a tensor of 2 dimensions.",
+        "InputError: axis -5 is out of range for a tensor of 2 dimensions",
     ),
     (
         "a narrow zero point wraps",

@@ -23,7 +23,7 @@ def test_an_unknown_option_of_the_backend() -> None:
     with pytest.raises(ConfigError) as preset:
         qpass.backend("int8_dynamc")
     assert str(preset.value) == (
-        "There is no preset 'int8_dynamc' (did you mean 'int8_dynamic'?).\n"
+        "There is no preset 'int8_dynamc' (did you mean 'int8_dynamic'?)\n"
         "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat"
     )
     with pytest.raises(ConfigError) as option:
@@ -48,7 +48,7 @@ STATIC_BACKEND = (
         ),
         (
             {"config": "int8_dynamc"},
-            "There is no preset 'int8_dynamc' (did you mean 'int8_dynamic'?).\n"
+            "There is no preset 'int8_dynamc' (did you mean 'int8_dynamic'?)\n"
             "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat",
         ),
         ({"config": "int8_static"}, STATIC_BACKEND),

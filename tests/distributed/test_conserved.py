@@ -29,7 +29,7 @@ def test_states_belong_to_their_ranks(tmp_path: Path) -> None:
     for rank, said in enumerate(found):
         assert said["through a checkpoint"]
         assert said["residuals"] == 2
-        assert "The state is of 4 ranks, and this run has 3." in said["other ranks"]
-        assert f"The state is of rank {(rank + 1) % 3}, and this is rank {rank}." in said["another rank"]
-        assert "The state is of 2 residuals, and holds 0." in said["an empty template"]
-        assert "This is no state of a DDP hook." in said["no state"]
+        assert "The state is of 4 ranks, and this run has 3" in said["other ranks"]
+        assert f"The state is of rank {(rank + 1) % 3}, and this is rank {rank}" in said["another rank"]
+        assert "The state is of 2 residuals, and holds 0" in said["an empty template"]
+        assert "this is not a state of a DDP hook" in said["no state"]

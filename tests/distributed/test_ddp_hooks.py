@@ -115,7 +115,7 @@ def test_what_is_sent_in_full(measured: Figures) -> None:
 
 def test_a_state_of_another_codec_is_refused(measured: Figures) -> None:
     said = measured[0]["counts"]["another codec"]
-    assert said.startswith("The state is of a hook that sends int8:128:bf16, and this one sends int4:128:bf16.")
+    assert said.startswith("The state is of a hook that sends int8:128:bf16, and this one sends int4:128:bf16")
 
 
 def test_an_unknown_width_is_refused() -> None:

@@ -72,7 +72,7 @@ def test_inf_reaches_the_parameters(measured: list[dict[str, Any]]) -> None:
 
 
 def test_a_module_that_is_not_sharded_is_refused(measured: list[dict[str, Any]]) -> None:
-    assert measured[0]["nothing sharded"].startswith("Sequential has no module sharded by FSDP2.")
+    assert measured[0]["nothing sharded"].startswith("Sequential has no module sharded by FSDP2")
 
 
 def test_a_resumed_run_continues_bit_for_bit(measured: list[dict[str, Any]]) -> None:

@@ -68,4 +68,4 @@ def test_an_operation_that_would_be_fused_is_named_like_any_other() -> None:
 def test_a_wrong_name_is_answered_by_a_near_one(op: str, hint: str) -> None:
     with pytest.raises(ConfigError) as error:
         in_float(int8_static().keep_float(op=op))
-    assert str(error.value).startswith(f"Override 0 (op={op!r}) matches nothing in this model (did you mean {hint}?).")
+    assert str(error.value).startswith(f"Override 0 (op={op!r}) matches nothing in this model (did you mean {hint}?)")

@@ -200,7 +200,7 @@ def test_a_number_is_a_result_and_anything_else_is_refused() -> None:
 
     (run,) = Pipeline("captured", (Counts(),)).run(captured())
     assert run.result == PassResult(3)
-    with pytest.raises(InputError, match=r"the pass returns_the_graph returned .*, which is no result"):
+    with pytest.raises(InputError, match=r"the pass returns_the_graph returned .*, which is not the result"):
         Pipeline("captured", (ReturnsTheGraph(),)).run(captured())
 
 

@@ -76,21 +76,21 @@ def test_override_inherits_what_it_does_not_say() -> None:
     [
         (
             lambda: Config().override(weight=W),
-            "An override names no module, module_type or op, so it would hold everywhere.\n"
+            "An override names no module, module_type or op, so it would hold everywhere\n"
             "  to do: name what it is for, or change the config's own activation and weight",
         ),
-        (lambda: Config(weight=8), "Config weight must be a QuantizationSpec or None, not 8."),
-        (lambda: Config(weight=INHERIT), "Config weight has nothing to inherit from: INHERIT belongs in an override."),
+        (lambda: Config(weight=8), "Config weight must be a QuantizationSpec or None, not 8"),
+        (lambda: Config(weight=INHERIT), "Config weight has nothing to inherit from: INHERIT belongs in an override"),
         (
             lambda: Override(op="linear", weight=8),
-            "Override weight must be a QuantizationSpec or None, not 8.",
+            "Override weight must be a QuantizationSpec or None, not 8",
         ),
         (
             lambda: Config(compute_dtype="bfloat"),
-            "Config compute_dtype cannot be 'bfloat' (did you mean 'bfloat16'?).\n"
+            "Config compute_dtype cannot be 'bfloat' (did you mean 'bfloat16'?)\n"
             "  to do: use 'auto', 'bfloat16', 'float16', 'float32' (or torch.bfloat16 and so on) or None",
         ),
-        (lambda: Config(overrides=("fc1",)), "Config overrides must be Override objects, not 'fc1'."),
+        (lambda: Config(overrides=("fc1",)), "Config overrides must be Override objects, not 'fc1'"),
     ],
 )
 def test_nonsense_is_refused(make: Callable[[], object], message: str) -> None:
@@ -106,7 +106,7 @@ def test_overrides_that_match_nothing_are_named_with_their_neighbours() -> None:
     )
     assert str(error) == (
         "Override 1 (module='encodr.fc2') matches nothing in this model (did you mean 'encoder.fc2'?); "
-        "override 2 (op='aten.matmull') matches nothing in this model (did you mean 'aten.matmul'?).\n"
+        "override 2 (op='aten.matmull') matches nothing in this model (did you mean 'aten.matmul'?)\n"
         "  to do: correct the name, or remove the override; the first match wins, so an earlier one may hide it"
     )
     assert unmatched(config, {0, 1, 2}, [], []) is None
@@ -115,7 +115,7 @@ def test_overrides_that_match_nothing_are_named_with_their_neighbours() -> None:
 def test_an_override_behind_another_is_not_told_its_own_name() -> None:
     config = Config(A, W).keep_float(op="conv*").keep_float(op="conv2d")
     error = unmatched(config, {0}, [], ["conv", "aten.conv2d.default"])
-    assert str(error).startswith("Override 1 (op='conv2d') matches nothing that no earlier one does.\n")
+    assert str(error).startswith("Override 1 (op='conv2d') matches nothing that no earlier one does\n")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
@@ -167,11 +167,11 @@ def test_get_preset() -> None:
     with pytest.raises(ConfigError) as error:
         presets.get("int8_statc")
     assert str(error.value) == (
-        "There is no preset 'int8_statc' (did you mean 'int8_static'?).\n"
+        "There is no preset 'int8_statc' (did you mean 'int8_static'?)\n"
         "  to do: use one of int8_static, int8_dynamic, int8_weight_only, int8_qat"
     )
     with pytest.raises(InputError) as input_error:
         presets.get(8)  # type: ignore[arg-type]
-    assert str(input_error.value).startswith("A config is a Config or the name of a preset, not int.")
+    assert str(input_error.value).startswith("A config is a Config or the name of a preset, not int")
     with pytest.raises(ConfigError, match="int8_dynamic knows no granularity 'tokens'"):
         presets.int8_dynamic("tokens")  # type: ignore[arg-type]

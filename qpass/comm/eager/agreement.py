@@ -1,8 +1,8 @@
-"""Before a call that it has not made before, every rank says what it is about to do, and all compare.
+"""Agreement of ranks: before a new kind of call every rank says what it is about to do, and all compare.
 
-torch's transports take a payload of the wrong size for a protocol error and abort the process, or take it for data.
-So the first call of its kind on a group exchanges a header through the group's store, beside the data and not on its
-way: a rank that waits for a header can never take a payload for it. Later calls of the same kind exchange nothing.
+torch's transports abort the process on a payload of the wrong size, or read it as data. So the first call of its kind
+on a group exchanges a header through the group's store. Data does not go that way, so no rank can mistake a payload for
+a header. Later calls of the same kind exchange nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qpass.errors import AgreementError, QpassError
 
 _SAME_CALLS = "make the same calls in the same order on all ranks; qpass.comm.debug(True) compares every call"
 WARNS_AFTER, PATIENCE = 10.0, 300.0
-"""Seconds in which a rank that has no such settings is suspected, and given up: much less than torch's half hour."""
+"""Seconds after which a silent rank is suspected of lacking these settings, and given up; torch waits half an hour."""
 
 COMPILES_FOR = 60.0
 """Seconds that a rank may compile longer than others before they say that they wait for it."""
@@ -37,12 +37,12 @@ _SAME_PROGRAM = (
 _MISSING = "Not all ranks made the call"
 
 VERSION = 1
-"""Of payloads and schedules: raised with any change that makes the bytes mean something else."""
+"""The version of payloads and schedules, raised with any change that gives the bytes another meaning."""
 
 
 @dataclass(frozen=True)
 class Silence:
-    """What a rank may lack that says nothing, and after how many seconds the others say so and give it up."""
+    """What a silent rank may lack, and the seconds after which the others warn and give it up."""
 
     hint: str
     warns_after: float
@@ -51,7 +51,7 @@ class Silence:
 
 @dataclass(frozen=True)
 class Header:
-    """A call in the words that all ranks of the group must use alike; sizes that may differ are not among them."""
+    """A call, described by what must be equal on all ranks of the group. Sizes that may differ are left out."""
 
     collective: str
     codec: str
@@ -64,7 +64,7 @@ class Header:
 
 
 def agree(group: Group, header: Header, *, sends: list[int] | None = None, receives: list[int] | None = None) -> None:
-    """Return once all ranks have said the same; on the same group's later calls like this one, at once.
+    """Wait until all ranks have said the same. Later calls like this one on the group return at once.
 
     Args:
         sends, receives: for an all_to_all, how many elements go to and come from each rank; compared pair by pair.
@@ -89,7 +89,7 @@ def agree(group: Group, header: Header, *, sends: list[int] | None = None, recei
 
 
 def agree_on_plan(group: Group, plan: list[tuple[str, str]]) -> None:
-    """Return once all ranks have the same plan for the group: for each collective of a graph what goes, and how much.
+    """Wait until all ranks have the same plan for the group: what each collective of a graph sends, and how much.
 
     How much is "" where a graph does not say it: that fits whatever the others have.
 
@@ -115,7 +115,7 @@ def _line(entry: Sequence[str]) -> str:
 
 
 def agree_on_settings(group: Group, header: Header, hint: str) -> None:
-    """Return once all ranks have said the same, also where they have before; ``hint`` is what silence may mean.
+    """Wait until all ranks have said the same, even if they did before; ``hint`` is what silence may mean.
 
     Raises:
         AgreementError: on every rank, where two differ, or a rank said nothing for `PATIENCE` or until the timeout.
@@ -184,10 +184,10 @@ def _exchange(group: Group, header: Header, sent: dict[str, Any], absent: Silenc
 
 
 def _wait(group: Group, header: Header, number: int, absent: Silence | None) -> None:
-    """Return once all ranks have posted; ``absent`` is what to do about a rank that may never.
+    """Wait until all ranks have posted; ``absent`` is what to do about a rank that may never post.
 
-    It asks again and again: a client of the store serves one thread at a time, so one that waited in it would keep
-    other threads from posting what the other ranks wait for.
+    It asks repeatedly. A client of the store serves one thread at a time, so a thread that waited in it would keep the
+    others from posting what other ranks wait for.
     """
     start = time.monotonic()
     pause, asks = 1e-4, start + 0.25  # when to ask for dead ranks

@@ -1,4 +1,4 @@
-"""dist.all_gather, dist.all_reduce, ... -> the same function, sending compressed what it would have sent in full."""
+"""auto_quantize: a function of `torch.distributed`, such as dist.all_reduce -> the same function, sending codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Call = dict[str, Any]
 
 
 class DQuantType(Enum):
-    """What values travel as: a cast to float16 or bfloat16, or codes with a scale for each block."""
+    """The form in which values are sent: cast to float16 or bfloat16, or as codes with a scale for each block."""
 
     FP16 = "fp16"
     BFP16 = "bfp16"
@@ -56,11 +56,11 @@ def auto_quantize(
     whose ``wait()`` they are complete; the arguments may be positional or by keyword. `torch.compile` takes the calls
     into its graph that it takes from `torch.distributed` too: all but ``async_op=True``, ``broadcast``, ``all_to_all``.
 
-    Sent in full, by `func` itself, is what compression cannot help or must not touch: integers, booleans, complex
+    `func` itself sends in full what compression cannot help or must not touch: integers, booleans, complex
     numbers, dtypes that are no longer than their codes, reductions other than SUM and AVG, groups of one rank.
 
-    Writing to a buffer has no gradient, here as in `torch.distributed`. The functions that return new tensors,
-    `torch.distributed._functional_collectives`, have one, and keep it: see `qpass.comm.eager.functional`.
+    Writing to a buffer has no gradient, as in `torch.distributed`. The functions that return new tensors,
+    `torch.distributed._functional_collectives`, keep their gradient: see `qpass.comm.eager.functional`.
 
     Args:
         func: ``all_gather all_gather_into_tensor all_gather_single all_reduce all_to_all all_to_all_single broadcast
@@ -134,7 +134,7 @@ def _name_of(func: Callable[..., Any]) -> str:
             return name
     asked = getattr(func, "__name__", repr(func))
     raise InputError(
-        f"auto_quantize does not know {asked!r}{near(asked, PLANS)}.",
+        f"auto_quantize does not know {asked!r}{near(asked, PLANS)}",
         hint=f"pass one of these functions of torch.distributed: {', '.join(sorted(PLANS))}",
     )
 

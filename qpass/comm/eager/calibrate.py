@@ -40,7 +40,7 @@ def calibrate_link(
     """
     members, how = group_of(group), codec_of(codec)
     if members.world == 1:
-        raise InputError("A group of one rank has no link to measure.")
+        raise InputError("A group of one rank has no link to measure")
     process_group = members.process_group
     on_cpu = "gloo" in dist.get_backend(process_group)
     where = torch.device(device or (None if on_cpu else torch.accelerator.current_accelerator()) or "cpu")

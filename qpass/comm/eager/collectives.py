@@ -3,7 +3,7 @@
 The arguments are those of ``dist.all_reduce``, ``reduce_scatter_tensor``, ``all_gather_into_tensor``,
 ``all_to_all_single`` and ``broadcast``, and `codec` besides. Tensors keep their dtype (float16, bfloat16, float32,
 float64); sums are taken in float32 in rank order and the result is equal bit for bit on all ranks. Integers, bools and
-complex numbers travel as they are, through ``dist``; so does everything in a group of one rank, and what the cost model
+complex numbers are sent as they are, by ``dist``. So is everything in a group of one rank, and what the cost model
 declines where a `link` is given: the constants of the group from `calibrate_link`, equal on all ranks.
 """
 
@@ -49,7 +49,7 @@ def all_reduce(
         divides = call.takes_op(op)
         call.takes(tensor)
         if schedule not in ("auto", "one_shot", "two_shot"):
-            raise InputError(f"There is no schedule {schedule!r}{near(schedule, ('auto', 'one_shot', 'two_shot'))}.")
+            raise InputError(f"There is no schedule {schedule!r}{near(schedule, ('auto', 'one_shot', 'two_shot'))}")
     return call.all_reduce(tensor, divides, schedule)
 
 
@@ -135,7 +135,7 @@ def broadcast(
     with call:
         call.takes(tensor)
         if (src is None) == (group_src is None):
-            raise InputError("A broadcast needs either src, a global rank, or group_src, a rank of the group.")
+            raise InputError("A broadcast needs either src, a global rank, or group_src, a rank of the group")
         if src is not None:
             group_src = dist.get_group_rank(call.group.process_group, src)
     assert group_src is not None

@@ -1,8 +1,8 @@
-"""Dead ranks: which members of a group have closed their connections, asked without sending anything.
+"""Dead ranks: members of a group that have closed their connections, found without sending anything.
 
-gloo notices at once when the process behind a connection ends, and from then on refuses to receive from it. So a
-receive that nobody answers asks whether a rank is there; its tag is used for nothing else, so it takes nobody's data.
-NCCL tells nothing of the kind: there a dead rank is silent until the timeout.
+gloo notices at once when the process at the other end of a connection ends, and then refuses to receive from it. So a
+receive that is never answered asks whether a rank is there. Its tag is used for nothing else, so it takes no data.
+NCCL has nothing of the kind: there a dead rank is silent until the timeout.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def reduce_scatter(call: Call, how: Codec) -> Tensor:
     """A reduction of which each rank keeps its part along any dimension: ``[..., W * n, ...] -> [..., n, ...]``."""
     group, dim, op = process_group(call["group"]), call["scatter_dim"], call["reduceOp"].lower()
     if call["self"].shape[dim] % group.size():
-        raise InputError(f"reduce_scatter cannot cut {call['self'].shape[dim]} indices into {group.size()} even parts.")
+        raise InputError(f"reduce_scatter cannot cut {call['self'].shape[dim]} indices into {group.size()} even parts")
     return _Both.apply(call["self"], _scatter(group, how, dim, op), _gather(group, how, dim, op))
 
 
@@ -105,7 +105,7 @@ def process_group(group: Any) -> dist.ProcessGroup:
         return resolve(group)
     if isinstance(group, dist.ProcessGroup):
         return group
-    raise InputError(f"A process group is needed, not {group!r}.", hint="make one with torch.distributed.new_group")
+    raise InputError(f"A process group is needed, not {group!r}", hint="make one with torch.distributed.new_group")
 
 
 def _gather(group: dist.ProcessGroup, how: Codec, dim: int, op: str = "sum") -> Run:

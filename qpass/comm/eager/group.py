@@ -1,9 +1,9 @@
-"""What qpass keeps for a process group: how many calls were made, what was agreed, the line that async calls wait in.
+"""Group: what qpass keeps for a process group, such as its number of calls, its agreements and its thread.
 
 Collectives of one group must be started in the same order on all ranks. Synchronous calls run where they are called,
-on the caller's own group. Asynchronous ones run one after the other on a thread, and their later stages start whenever
-the earlier ones have arrived: they would mix with whatever else the caller starts meanwhile, so they have a twin of the
-group to themselves.
+on the caller's own group. Asynchronous ones run one after the other on a thread, and their later stages start when
+the earlier ones have arrived. They would mix with whatever the caller starts meanwhile. So they have a second group of
+the same ranks, the twin.
 
 Nothing here keeps a process group alive. Once the user's group is destroyed or collected, its twin and its thread go.
 """
@@ -45,7 +45,7 @@ class Group:
         """The user's group, which whoever makes a call of it holds."""
         group = self._process_group()
         if group is None:
-            raise InputError(f"The process group {self.name!r} is gone.", hint="keep a group as long as it is used")
+            raise InputError(f"The process group {self.name!r} is gone", hint="keep a group as long as it is used")
         return group
 
     def free_if_destroyed(self) -> None:
@@ -125,10 +125,10 @@ _born: Counter[str] = Counter()
 def group_of(group: dist.ProcessGroup | None) -> Group:
     """The `Group` of a process group, or of the default one."""
     if not dist.is_initialized():
-        raise InputError("There is no process group.", hint="call torch.distributed.init_process_group first")
+        raise InputError("There is no process group", hint="call torch.distributed.init_process_group first")
     process_group = dist.group.WORLD if group is None else group
     if not isinstance(process_group, dist.ProcessGroup):
-        raise InputError("This rank is not a member of the group.", hint="call only on the group's own ranks")
+        raise InputError("This rank is not a member of the group", hint="call only on the group's own ranks")
     found = _groups.get(process_group)
     if found is None:
         for known in list(_groups.values()):

@@ -46,7 +46,7 @@ class OneCall:
         if isinstance(group, DeviceMesh):
             if name != "all_reduce" or group.ndim != 2:
                 raise InputError(
-                    f"{name} takes a process group, not a mesh of {group.ndim} dimensions.",
+                    f"{name} takes a process group, not a mesh of {group.ndim} dimensions",
                     hint="give all_reduce a mesh of two dimensions, and other collectives one of its groups",
                 )
             self.across = group_of(group.get_group(0))
@@ -70,26 +70,26 @@ class OneCall:
         """Whether to divide by the number of ranks."""
         self.op = _OPS.get(op, op) if isinstance(op, str) else op
         if self.op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
-            raise InputError(f"{self.name} can sum and average, not {op}.", hint='use op="sum" or op="avg"')
+            raise InputError(f"{self.name} can sum and average, not {op}", hint='use op="sum" or op="avg"')
         return bool(self.op == dist.ReduceOp.AVG)
 
     def takes(self, *tensors: Tensor) -> None:
         self.codec = codec_of(self.codec_name)
         for tensor in tensors:
             if not isinstance(tensor, Tensor):
-                raise InputError(f"{self.name} takes tensors, not {type(tensor).__name__}.")
+                raise InputError(f"{self.name} takes tensors, not {type(tensor).__name__}")
         first, *others = tensors
         for other in others:
             if other.dtype != first.dtype or other.device != first.device:
                 raise InputError(
-                    f"{self.name}: output is {first.dtype} on {first.device}, input is {other.dtype} on {other.device}."
+                    f"{self.name}: output is {first.dtype} on {first.device}, input is {other.dtype} on {other.device}"
                 )
 
     def holds(self, large: Tensor, times: int, small: Tensor, large_name: str, small_name: str) -> None:
         if large.numel() != times * small.numel():
             raise InputError(
                 f"{self.name}: {large_name} has {large.numel()} elements, "
-                f"not {times} times the {small.numel()} of {small_name}."
+                f"not {times} times the {small.numel()} of {small_name}"
             )
 
     def splits(self, tensor: Tensor, splits: Sequence[int] | None, name: str) -> list[int]:
@@ -98,12 +98,12 @@ class OneCall:
         if splits is None:
             if length % self.world:
                 raise InputError(
-                    f"{self.name}: the {length} indices of {name} cannot be cut into {self.world} even parts."
+                    f"{self.name}: the {length} indices of {name} cannot be cut into {self.world} even parts"
                 )
             splits = [length // self.world] * self.world
         if len(splits) != self.world or sum(splits) != length or min(splits) < 0:
             raise InputError(
-                f"{self.name}: the {name} splits {list(splits)} do not cut {length} indices for {self.world} ranks."
+                f"{self.name}: the {name} splits {list(splits)} do not cut {length} indices for {self.world} ranks"
             )
         return [split * math.prod(tensor.shape[1:]) for split in splits]
 

@@ -1,4 +1,4 @@
-"""How payloads travel: each collective as chunks that are coded while other chunks are on the wire.
+"""The schedules of collectives over payloads: pieces are coded while other pieces are on the wire.
 
     one-shot      encode -> all_gather payloads -> sum all of them                            (W - 1) N bytes a rank
     two-shot      encode -> all_to_all -> sum own part -> encode -> all_gather -> decode   2 (W - 1) / W N bytes a rank
@@ -194,5 +194,5 @@ def _pieces(splits: Sequence[int], piece: int, pieces: int, codec: Codec) -> Ite
 
 
 def _seed(seed: int, stage: int) -> int:
-    """A seed of its own for every rank and stage; any mixing will do, the hash behind it spreads the bits."""
+    """A seed of its own for every rank and stage. Any mixing will do: the hash that reads it spreads the bits."""
     return (seed * 0x5851F42D + stage * 0x14057B7F + 1) & 0x7FFFFFFFFFFFFFFF

@@ -1,4 +1,4 @@
-"""Statistics: what compressed communication has sent so far, and how far off it was."""
+"""Statistics: the bytes that compressed collectives have sent so far, and the error of rounding."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The compressed calls of `torch.distributed`, written so that `torch.compile` traces them into one graph.
+"""The compressed calls of `torch.distributed`, in a form that `torch.compile` traces into one graph.
 
-A graph holds no loops over chunks and waits for nothing: each call is encode, one or two collectives on bytes, decode.
+A graph has no loops over pieces and does not wait: each call is encode, one or two collectives on bytes, decode.
 The values are those of the eager call.
 """
 

@@ -1,4 +1,4 @@
-"""Work: what an asynchronous call returns, waited for like torch's own, with a Future for communication hooks."""
+"""Work: the result of an asynchronous call. It is waited for like torch's own, and has a Future for hooks."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _ = torch_private.functional_collectives  # registers what the operators return 
 ops = torch.ops._c10d_functional
 
 FUNCTIONALIZED = (auto_functionalize.auto_functionalized, auto_functionalize.auto_functionalized_v2)
-"""What AOTAutograd wraps operators in that write to their arguments; Inductor takes them out of it again."""
+"""The wrappers in which AOTAutograd puts operators that write to their arguments. Inductor removes them."""
 
 KINDS: dict[Any, str] = {
     ops.all_gather_into_tensor.default: "all_gather",

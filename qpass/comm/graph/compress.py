@@ -95,10 +95,10 @@ def collectives(gm: fx.GraphModule) -> list[NodeRecord]:
 
 
 def refuse_unmatched(overrides: Iterable[tuple[str, bool, str]]) -> None:
-    """Raise for overrides that met no collective, with the names near to them; the argument is as of `looked_for`."""
+    """Raise ConfigError for overrides that match no collective, with near names; the argument is of `looked_for`."""
     said = "; ".join(f"{override} matches no collective{hint}" for override, met, hint in overrides if not met)
     if said:
-        raise ConfigError(f"{said[0].upper()}{said[1:]}.", hint="correct the name, or remove the override")
+        raise ConfigError(f"{said[0].upper()}{said[1:]}", hint="correct the name, or remove the override")
 
 
 def inductor_schedules() -> list[str]:

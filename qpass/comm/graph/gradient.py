@@ -1,4 +1,4 @@
-"""Where a sum goes: one that leaves a backward graph as a gradient has the same elements at every step.
+"""The gradient that a sum leaves a backward graph as. Such a sum has the same elements at every step.
 
     sum -> view, cast, slice, scale, add, another sum -> output 3            "output_3"
     sum -> ... -> copy_(input 5, .)                                          "input_5"

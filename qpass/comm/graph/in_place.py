@@ -1,9 +1,9 @@
-"""Collectives that write into a tensor: as those that return a new one, and a copy where they are waited for.
+"""Collectives that write into a tensor, turned into ones that return a new tensor and a copy after the wait.
 
     wait(all_reduce_(x))                     x holds the sum afterwards
     copy_(x, sum := wait(all_reduce(x)))     and so it does here
 
-Until a transfer was waited for nobody may read what it writes to, so writing later changes nothing.
+Nothing may read what a transfer writes to before the wait, so writing later changes nothing.
 
 What AOTAutograd makes of an operator with an output, ``auto_functionalized_v2(all_gather_into_tensor_out, x)``, writes
 to nothing that anybody knows of: it becomes ``all_gather(x)``.

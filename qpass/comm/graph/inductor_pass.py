@@ -1,4 +1,4 @@
-"""`compress` as a pass of Inductor's: importing this file imports Inductor, so only what compiles does.
+"""`compress` as a pass of Inductor. Importing this file imports Inductor, so only code that compiles does.
 
 What a compiled graph depends on, beside what Inductor knows itself, is the text that the pass gives its cache as a key.
 """

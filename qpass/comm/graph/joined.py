@@ -1,4 +1,4 @@
-"""Payloads that travel together.
+"""Payloads that are joined and sent together.
 
     join_payloads(payloads, parts)           uint8 [parts * n], [parts * m], ..  ->  [parts * (n + m + ..)]
     cut_payloads(joined, parts, start, stop) -> [parts * (stop - start)]: some of the bytes of every part

@@ -1,4 +1,4 @@
-"""The parts of an all_to_all: cut along the first dimension, as many elements for each rank as the graph says.
+"""The parts of an all_to_all, cut along the first dimension by the sizes that the graph says.
 
 Every part is a payload of its own, on every rank. Where what stands behind the first dimension fills whole rows of a
 payload, that holds for any cut of one payload; else each part is coded by itself::

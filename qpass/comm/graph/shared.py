@@ -1,8 +1,7 @@
-"""Whether scales are the same on all ranks of a group: values that every rank got from the same collective, and what is
-computed from nothing else.
+"""Scales that are equal on all ranks of a group, because every rank computed them from the same collective.
 
-    largest = wait(all_reduce(amax(x), "max", group))        the same number everywhere
-    scale = largest / 127                                     and so is this
+largest = wait(all_reduce(amax(x), "max", group))        the same number everywhere
+scale = largest / 127                                     and so is this
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def are_shared(pair: QdqNode, group: Any) -> bool:
 
 
 def _origin(value: Any, group: Any, known: dict[fx.Node, Origin]) -> Origin:
-    """Whether all ranks got a value from a collective, the program states it, or each may have its own."""
+    """Whether all ranks got a value from a collective, the program states it, or each rank may have its own."""
     if not isinstance(value, fx.Node):
         return "constant"
     if value not in known:

@@ -62,7 +62,7 @@ def result_shape(edit: Editor, collective: Collective, *, like: fx.Node, before:
 
 
 def free_of_sizes(edit: Editor, collective: Collective) -> None:
-    """Let the sizes of what is still on its way be read off what is sent: then its only reader is who waits for it."""
+    """Read the sizes of a result that is still being sent from what is sent. Then only the wait reads the result."""
     for reader in list(collective.node.users):
         if reader.target is aten.sym_size.int:
             place: Any = {"like": reader, "before": collective.node}
@@ -73,7 +73,7 @@ def free_of_sizes(edit: Editor, collective: Collective) -> None:
 
 
 def send(edit: Editor, collective: Collective, payload: fx.Node, how: str, target: Any, *args: Any) -> fx.Node:
-    """Start ``target(payload, *args, group)`` in the collective's place; its record says what went instead of what."""
+    """Start ``target(payload, *args, group)`` in the collective's place. Its record says what is sent instead."""
     issue = edit.call(target, payload, *args, collective.group, like=collective.node, before=collective.node)
     known = record_of(collective.node) or NodeRecord(collective.kind, "quantized", group=collective.group_name)
     set_record(issue, known.but(outcome="lowered", kernel=how, reason=saved(collective, payload)))
@@ -93,7 +93,7 @@ def wait_for(edit: Editor, issue: fx.Node, *, like: fx.Node, before: fx.Node) ->
 
 
 def saved(collective: Collective, payload: fx.Node) -> str:
-    """What went instead of what, in words: bytes, as far as sizes are known, and why it is not fed back."""
+    """What was sent instead of what, in words: the bytes, where sizes are known, and why there is no error feedback."""
     values, codes = collective.x.meta["val"], payload.meta["val"]
     before = collective.node.meta.get(SENT_KEY, values.numel() * values.element_size())
     after = codes.numel() * codes.element_size()

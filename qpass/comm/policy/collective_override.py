@@ -53,7 +53,7 @@ class Override:
         object.__setattr__(self, "codec", None if self.codec is None else codec(self.codec))
         if not self.conditions:
             raise ConfigError(
-                "An override names no kind, group, module, backward or min_bytes, so it would hold everywhere.",
+                "An override names no kind, group, module, backward or min_bytes, so it would hold everywhere",
                 hint="name what it is for, or change the policy's own codec",
             )
         if self.kind is not None:
@@ -114,4 +114,4 @@ class OverrideMatches:
 def check_kind(kind: str) -> None:
     """Raise ConfigError where there is no such kind of collective, with a name near to it."""
     if kind not in FORMS:
-        raise ConfigError(f"No collective is named {kind!r}{near(kind, FORMS)}.")
+        raise ConfigError(f"No collective is named {kind!r}{near(kind, FORMS)}")

@@ -1,4 +1,4 @@
-"""elements, ranks, link, codec -> seconds plain and compressed, the break-even size, and a decision in words."""
+"""The cost model of collectives: seconds plain and compressed, the break-even size, and a decision in words."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Link:
             value = getattr(self, name)
             least = 0.0 if name in ("latency", "overhead") else math.ulp(0.0)
             if not (math.isfinite(value) and value >= least):
-                raise ConfigError(f"Link {name} must be {'positive' if least else 'at least 0'}, not {value!r}.")
+                raise ConfigError(f"Link {name} must be {'positive' if least else 'at least 0'}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def seconds(collective: str) -> tuple[sympy.Expr, sympy.Expr]:
     import sympy
 
     if collective not in FORMS:
-        raise ConfigError(f"No collective is named {collective!r}{near(collective, FORMS)}.")
+        raise ConfigError(f"No collective is named {collective!r}{near(collective, FORMS)}")
     s = symbols()
     sent, encoded, decoded, plain_messages, messages = (sympy.sympify(text, locals=s) for text in FORMS[collective])
     share = s["n"] / s["W"]

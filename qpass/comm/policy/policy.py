@@ -45,7 +45,7 @@ class Policy:
         kinds: the collectives that are compressed.
         min_bytes: size of the whole tensor (of an all_gather's output, else of its input) from which on it is. What an
             all_to_all sends may differ by rank, so its size decides nothing: it is compressed wherever it is named.
-            Small payloads travel together (``join``), plain tensors do not: where a program sends many small ones, a
+            Small payloads are sent together (``join``), plain tensors are not: where a program sends many small ones, a
             smaller ``min_bytes`` pays.
         link: constants of the groups, from `calibrate_link`, equal on all ranks; then the cost model decides, too.
             A size that is not known when a graph is compiled, or differs by rank, is taken for a large one.
@@ -83,7 +83,7 @@ class Policy:
             check_kind(kind)
         for override in self.overrides:
             if not isinstance(override, Override):
-                raise ConfigError(f"Policy overrides must be qpass.comm.Override objects, not {override!r}.")
+                raise ConfigError(f"Policy overrides must be qpass.comm.Override objects, not {override!r}")
         if not isinstance(self.feedback, Feedback | None):
             what = f"A policy's feedback is a qpass.comm.Feedback, not {type(self.feedback).__name__}."
             raise ConfigError(what, hint="make one, hand it to the policy and checkpoint it: feedback=Feedback()")
@@ -168,7 +168,7 @@ def _named(kind: type[Any], given: Mapping[str, Any]) -> Any:
             what = f"comm: {kind.__name__} has no argument {name!r}{near(name, known)}."
             raise ConfigError(what, hint=f"use {', '.join(known)}")
     if "codec" not in given:
-        raise ConfigError(f"comm: the {kind.__name__.lower()} {dict(given)} names no codec.", hint="add 'codec'")
+        raise ConfigError(f"comm: the {kind.__name__.lower()} {dict(given)} names no codec", hint="add 'codec'")
     return kind(**given)
 
 

@@ -74,7 +74,7 @@ def ddp_hook(
     if format is not None:
         return DDPHook(codec(format), error_feedback, warm_up, link, measure_error, scaler)
     if bits not in FORMATS:
-        raise ConfigError(f"ddp_hook has no codes of {bits!r} bits.", hint=f"use one of {', '.join(map(str, FORMATS))}")
+        raise ConfigError(f"ddp_hook has no codes of {bits!r} bits", hint=f"use one of {', '.join(map(str, FORMATS))}")
     chosen = codec(FORMATS[bits], block=block, hadamard=hadamard)
     return DDPHook(chosen, error_feedback, warm_up, link, measure_error, scaler)
 
@@ -153,7 +153,7 @@ class DDPHook(HookState):
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """What this rank has sent for each bucket since the hook was made, and why not as codes."""
+        """What this rank has sent for each bucket since the hook was made, and why if not as codes."""
         return self.ledger.entries
 
     def _started(self, values: Tensor, layout: Layout, group: dist.ProcessGroup) -> tuple[int, Work]:
@@ -226,7 +226,7 @@ class DDPHook(HookState):
         return values
 
     def _fed(self, values: Tensor, layout: Layout, residual: Tensor) -> Tensor:
-        """The values and what was not sent of earlier ones; what is not sent of these is the new residual.
+        """The values plus the residual of earlier ones. What rounding takes from them is the new residual.
 
         A row without a gradient is sent as zeros and its residual waits, as DDP discards the average of a parameter
         that no rank has used. What is not finite was not sent, so its residual waits, too.

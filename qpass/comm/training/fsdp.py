@@ -1,4 +1,4 @@
-"""FSDP2's own seams -> parameters gathered and gradients reduced as codes: `compress_fsdp(module)`."""
+"""compress_fsdp(module): FSDP2 gathers parameters and reduces gradients as codes, by its own setters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AS_REDUCE_SCATTER = "as reduce_scatter"
 
 
 class FSDPCompression:
-    """What `compress_fsdp` did: the modules it reached and what they have sent. ``qpass.report`` takes it.
+    """The result of `compress_fsdp`: the modules that it reached and what they have sent. ``qpass.report`` takes it.
 
     Attributes:
         modules: the dotted names of the sharded modules whose collectives are compressed.
@@ -38,7 +38,7 @@ class FSDPCompression:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """What this rank has sent for each unit and collective, and why not as codes."""
+        """What this rank has sent for each unit and collective, and why if not as codes."""
         return self.ledger.entries
 
 
@@ -78,7 +78,7 @@ def compress_fsdp(
 
     if error_feedback:
         raise ConfigError(
-            "FSDP2 has no error feedback: its residuals would need a whole float32 gradient on every rank.",
+            "FSDP2 has no error feedback: its residuals would need a whole float32 gradient on every rank",
             hint="use more bits for reduce_scatter, or DDP with ddp_hook(error_feedback=True)",
         )
     between = reduce_scatter if all_reduce == AS_REDUCE_SCATTER else all_reduce
@@ -96,7 +96,7 @@ def compress_fsdp(
                 _compress(group, place, chosen, done, link)
     if not done.modules:
         raise InputError(
-            f"{type(module).__name__} has no module sharded by FSDP2.",
+            f"{type(module).__name__} has no module sharded by FSDP2",
             hint="call torch.distributed.fsdp.fully_shard on it first",
         )
     return done

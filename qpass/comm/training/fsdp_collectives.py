@@ -1,4 +1,4 @@
-"""What FSDP2 calls instead of its own collectives: the same, as codes, where that is fewer bytes.
+"""The collectives that FSDP2 calls instead of its own: they send codes where that is fewer bytes.
 
 Every parameter starts a row of blocks (`padded`), so ranks that hold the same shard of the same tensor, as those of
 tensor parallelism do of what they replicate, send the same codes of it and stay equal bit for bit.
@@ -77,7 +77,7 @@ class Sender:
 
 
 class _Allocate:
-    """What FSDP2 asks of a custom collective beside the call; torch exports no base class for it, so types say Any."""
+    """The other methods that FSDP2 asks of a custom collective. torch exports no base class, so types say Any."""
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An ordinary tensor: what is sent lies elsewhere."""

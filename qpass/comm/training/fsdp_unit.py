@@ -1,6 +1,6 @@
 """A unit of FSDP2: where its parameters lie in the flat buffers that it gathers and reduces.
 
-torch tells a custom collective the buffers alone, so this reads from the unit what torch's own public setters read.
+torch gives a custom collective the buffers alone, so this reads from the unit what torch's own public setters read.
 Which parameters have a gradient, and so a place in the buffer, is known at the start of `post_backward` only.
 """
 

@@ -1,4 +1,4 @@
-"""What a DDP hook keeps between steps: residuals, whose they are, and what the ranks have agreed on."""
+"""The state of a DDP hook between steps: residuals, their parameters, and what the ranks have agreed on."""
 
 import weakref
 from collections.abc import Sequence
@@ -56,8 +56,8 @@ class HookState:
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to continue bit for bit: steps, counts, residuals. Save it on every rank.
 
-        What is this rank's lies under a key that names it, so that `torch.distributed.checkpoint` keeps that of every
-        rank. It loads into tensors that exist: there let a hook make a step before its state is loaded.
+        The part of this rank lies under a key that names the rank, so that `torch.distributed.checkpoint` keeps the
+        parts of all ranks. It loads into tensors that exist: there let a hook make a step before its state is loaded.
 
         Steps that are sent in full, in warm-up or where a `link` declines, are as repeatable as torch's all_reduce:
         from 3 ranks on its order of summation depends on the buckets, which start anew in a new process.
@@ -85,7 +85,7 @@ class HookState:
         mine = own_state(state, "a DDP hook", "a new hook")
         if state.get("codec") != str(self.codec):
             raise ConfigError(
-                f"The state is of a hook that sends {state.get('codec')}, and this one sends {self.codec}.",
+                f"The state is of a hook that sends {state.get('codec')}, and this one sends {self.codec}",
                 hint="make the hook with the options that it was saved with",
             )
         check_complete(len(mine["residuals"]), mine["parameters"])

@@ -1,4 +1,4 @@
-"""Ledger: what was sent for every bucket or unit, as what, and why not as codes."""
+"""Ledger: what was sent for every bucket or unit, in which form, and why if not as codes."""
 
 from __future__ import annotations
 

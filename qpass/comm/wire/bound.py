@@ -1,4 +1,4 @@
-"""How far ``decode(encode(x))`` is from `x` at most: the bound that tests hold every codec to.
+"""The bound of every codec: how far ``decode(encode(x))`` is from `x` at most. Tests check it.
 
 A code is off by half a step: a whole one where rounding is stochastic, or where the largest value may saturate. A step
 is the block's largest magnitude over the largest code, and what rounding the scale adds to it. fp8 and the casts are

@@ -79,16 +79,16 @@ def codec(name: str | Codec, **options: Any) -> Codec:
     if isinstance(name, Codec):
         found = name
     elif not isinstance(name, str):
-        raise InputError(f"A codec is a name or a Codec, not {type(name).__name__}.")
+        raise InputError(f"A codec is a name or a Codec, not {type(name).__name__}")
     elif name in NAMES:
         found = NAMES[name]
     elif ":" in name:
         form = parse(name)
         found = Codec(form.format, form.block, form.scale, form.hadamard, form.stochastic)
     else:
-        raise ConfigError(f"There is no codec {name!r}{near(name, NAMES)}.", hint=f"use one of {', '.join(NAMES)}")
+        raise ConfigError(f"There is no codec {name!r}{near(name, NAMES)}", hint=f"use one of {', '.join(NAMES)}")
     fields = ("block", "scale", "hadamard", "stochastic")
     for option in options:
         if option not in fields:
-            raise ConfigError(f"A codec has no option {option!r}{near(option, fields)}.")
+            raise ConfigError(f"A codec has no option {option!r}{near(option, fields)}")
     return replace(found, **options) if options else found

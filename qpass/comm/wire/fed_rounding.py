@@ -1,4 +1,4 @@
-"""Rounding with feedback: what it takes from a tensor is added to the next one that stands in its place.
+"""Rounding with error feedback: what it takes from a tensor is added to the next tensor in its place.
 
     encode_fed(x, form, state)      v = float32(x) + unit * residual -> encode(v), as `qpass::encode` does it,
                                     and residual becomes (v - decode(encode(v))) / unit

@@ -1,4 +1,4 @@
-"""Feedback: what rounding (`qpass.comm.wire.fed_rounding`) took from the tensors of a compiled program on this rank.
+"""Feedback: the residuals of a compiled program on this rank, which `qpass.comm.wire.fed_rounding` keeps.
 
 The residuals are not part of a graph: a `Feedback` holds them, and the graph names them by ``state``. So a compiled
 graph that a cache serves in another process finds the residuals of that process.
@@ -58,8 +58,9 @@ class Feedback:
     def state_dict(self) -> dict[str, Any]:
         """The number of ranks, and copies of this rank's residuals by name. Save it on every rank.
 
-        What is this rank's lies under a key that names it, so that `torch.distributed.checkpoint` keeps that of every
-        rank. It loads into tensors that exist: there let the program make a step before its state is loaded.
+        The part of this rank lies under a key that names the rank, so that `torch.distributed.checkpoint` keeps the
+        parts of all ranks. It loads into tensors that exist: let the program make a step before its
+        state is loaded.
         """
         self._follow_scale()
         residuals = {name: residual.clone() for name, residual in self._residuals.items()}

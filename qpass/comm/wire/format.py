@@ -56,27 +56,27 @@ class WireFormat:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ConfigError(
-                f"There is no wire format {self.format!r}{near(self.format, FORMATS)}.",
+                f"There is no wire format {self.format!r}{near(self.format, FORMATS)}",
                 hint=f"use one of {', '.join(FORMATS)}",
             )
         if self.scale not in SCALES:
             raise ConfigError(
-                f"There is no scale format {self.scale!r}{near(self.scale, SCALES)}.",
+                f"There is no scale format {self.scale!r}{near(self.scale, SCALES)}",
                 hint=f"use one of {', '.join(SCALES)}",
             )
         if self.is_cast:
             if self.hadamard or self.stochastic:
-                raise ConfigError(f"{self.format} is a cast: it has neither rotation nor stochastic rounding.")
+                raise ConfigError(f"{self.format} is a cast: it has neither rotation nor stochastic rounding")
             return
         if not isinstance(self.block, int) or self.block < 1:
-            raise ConfigError(f"A block has a whole, positive number of elements, not {self.block!r}.")
+            raise ConfigError(f"A block has a whole, positive number of elements, not {self.block!r}")
         if self.hadamard and self.row % ROTATION:
             raise ConfigError(
-                f"A rotation mixes {ROTATION} elements, which do not fit blocks of {self.block}.",
+                f"A rotation mixes {ROTATION} elements, which do not fit blocks of {self.block}",
                 hint=f"use a block that divides {ROTATION} or is a multiple of it",
             )
         if self.stochastic and self.format == "fp8_e4m3":
-            raise ConfigError("fp8_e4m3 has no stochastic rounding.", hint="use int8, int6 or int4")
+            raise ConfigError("fp8_e4m3 has no stochastic rounding", hint="use int8, int6 or int4")
 
     @property
     def is_cast(self) -> bool:
@@ -171,5 +171,5 @@ def parse(text: str) -> WireFormat:
             found[option] = True
         else:
             known = (*SCALES, "hadamard", "stochastic")
-            raise ConfigError(f"{option!r} in the wire format {text!r} is not an option{near(option, known)}.")
+            raise ConfigError(f"{option!r} in the wire format {text!r} is not an option{near(option, known)}")
     return WireFormat(name, **found)  # type: ignore[arg-type]

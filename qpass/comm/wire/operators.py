@@ -149,7 +149,7 @@ def check_encode(x: Tensor, form: str) -> WireFormat:
     """The format that is written ``form``; refuses what cannot be sent in any."""
     if x.dtype not in FLOATS:
         raise InputError(
-            f"A tensor of {x.dtype} cannot be encoded.", hint="send integers, bools and complex as they are"
+            f"A tensor of {x.dtype} cannot be encoded", hint="send integers, bools and complex as they are"
         )
     return parse(form)
 
@@ -157,9 +157,9 @@ def check_encode(x: Tensor, form: str) -> WireFormat:
 def _check_decode(payload: Tensor, dims: int, numel: int, dtype: torch.dtype, form: str) -> WireFormat:
     wire = parse(form)
     if dtype not in FLOATS:
-        raise InputError(f"A payload cannot be decoded to {dtype}.", hint=f"use one of {', '.join(map(str, FLOATS))}")
+        raise InputError(f"A payload cannot be decoded to {dtype}", hint=f"use one of {', '.join(map(str, FLOATS))}")
     if payload.dtype != torch.uint8 or payload.dim() != dims:
-        raise InputError(f"A payload of {dims} dimensions of uint8 is needed, not {payload.dim()} of {payload.dtype}.")
+        raise InputError(f"A payload of {dims} dimensions of uint8 is needed, not {payload.dim()} of {payload.dtype}")
     bytes_needed = wire.payload_bytes(numel)
     torch._check_value(
         payload.shape[-1] == bytes_needed,

@@ -1,8 +1,8 @@
-"""States that differ by rank: what is one rank's lies under a key that names it, beside the number of ranks.
+"""States that differ by rank: the part of a rank lies under a key that names it, beside the number of ranks.
 
     {"ranks": 4, "rank 2": mine}
 
-So `torch.distributed.checkpoint`, which keeps one value for each key, keeps that of every rank.
+`torch.distributed.checkpoint` keeps one value for each key, so it keeps the parts of all ranks.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def own_state(state: Mapping[str, Any], owner: str, new: str) -> dict[str, Any]:
         raise ConfigError(f"this is not a state of {owner}", hint=f"load what state_dict() of {owner} gave")
     if state["ranks"] != ranks:
         raise ConfigError(
-            f"The state is of {state['ranks']} ranks, and this run has {ranks}.",
+            f"The state is of {state['ranks']} ranks, and this run has {ranks}",
             hint=f"load it on as many ranks, or begin with {new}: what rounding took from one step is lost",
         )
     if f"rank {rank}" not in state:
-        raise ConfigError(f"The state is of {whose[0]}, and this is rank {rank}.", hint="load each rank's own")
+        raise ConfigError(f"The state is of {whose[0]}, and this is rank {rank}", hint="load each rank's own")
     return state[f"rank {rank}"]
 
 
@@ -59,6 +59,6 @@ def check_complete(found: int, saved: int) -> None:
     """
     if found != saved:
         raise ConfigError(
-            f"The state is of {saved} residuals, and holds {found}.",
+            f"The state is of {saved} residuals, and holds {found}",
             hint="torch.distributed.checkpoint loads what exists: make a step before that",
         )

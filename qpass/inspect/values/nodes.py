@@ -1,4 +1,4 @@
-"""What a graph was at one moment, as plain values: they outlive the passes, hold no weight and can be compared."""
+"""The nodes of a graph at one moment, as plain values. They outlive the passes, hold no weight and compare."""
 
 from __future__ import annotations
 

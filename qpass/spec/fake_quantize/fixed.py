@@ -22,7 +22,7 @@ class FixedQParamsFakeQuantize(FakeQuantize):
         if type(self.activation_post_process) is not FixedQParamsObserver:
             raise ConfigError(
                 f"FixedQParamsFakeQuantize needs a FixedQParamsObserver, not a "
-                f"{type(self.activation_post_process).__name__}."
+                f"{type(self.activation_post_process).__name__}"
             )
         self._take(*self.activation_post_process.choose_qparams(), None)
 

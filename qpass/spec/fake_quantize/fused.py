@@ -33,6 +33,6 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         if not isinstance(self.activation_post_process, kinds):
             raise ConfigError(
                 f"FusedMovingAvgObsFakeQuantize needs an observer of a moving average, not a "
-                f"{type(self.activation_post_process).__name__}.",
+                f"{type(self.activation_post_process).__name__}",
                 hint="use FakeQuantize for other observers",
             )

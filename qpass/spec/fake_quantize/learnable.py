@@ -49,7 +49,7 @@ class LearnableFakeQuantize(FakeQuantize):
     ) -> None:
         super().__init__(observer, quant_min, quant_max, is_dynamic, **observer_kwargs)
         if self.is_dynamic:
-            raise ConfigError("LearnableFakeQuantize cannot be dynamic: its scale is trained.")
+            raise ConfigError("LearnableFakeQuantize cannot be dynamic: its scale is trained")
         self.use_grad_scaling = use_grad_scaling
         if channel_len != -1:
             self._fit([channel_len])
@@ -101,7 +101,7 @@ class LearnableFakeQuantize(FakeQuantize):
             return
         if not is_eager(self.scale):
             raise CalibrationError(
-                "LearnableFakeQuantize cannot find the number of its scales inside a graph.",
+                "LearnableFakeQuantize cannot find the number of its scales inside a graph",
                 hint="call the module once before it is compiled or exported, or give it channel_len",
             )
         self.scale.data = self.scale.data.new_ones(shape)  # the same parameter, which an optimizer may hold

@@ -66,7 +66,7 @@ class FakeQuantize(FakeQuantizeBase):
         if not isinstance(made, ObserverBase):
             raise ConfigError(
                 f"{type(self).__name__} observer made a {type(made).__module__}.{type(made).__qualname__}, which is "
-                "not a qpass observer.",
+                "not a qpass observer",
                 hint="use a class of qpass.observer",
             )
         super().__init__(made)

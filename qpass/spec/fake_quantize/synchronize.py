@@ -34,7 +34,7 @@ def synchronize(module: Module, process_group: object = None) -> Module:
 
     if not (distributed.is_available() and distributed.is_initialized()):
         raise ConfigError(
-            "synchronize needs a process group, and there is none.",
+            "synchronize needs a process group, and there is none",
             hint="call torch.distributed.init_process_group first; a single process needs no synchronize",
         )
     group = distributed.group.WORLD if process_group is None else process_group

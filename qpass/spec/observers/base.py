@@ -143,7 +143,7 @@ def check_floating(x: Tensor, module: nn.Module) -> None:
     """
     if x.dtype not in OBSERVED:
         raise CalibrationError(
-            f"{type(module).__name__} cannot observe a tensor of {x.dtype}: only floating values are quantized.",
+            f"{type(module).__name__} cannot observe a tensor of {x.dtype}: only floating values are quantized",
             hint="leave this operator in float: config.keep_float(...)",
         )
 
@@ -165,7 +165,7 @@ def check_not_transformed(x: Tensor, statistics: Tensor, module: nn.Module) -> N
     if not torch.compiler.is_compiling() and wrapped(x) and not wrapped(statistics):
         raise CalibrationError(
             f"{type(module).__name__} cannot observe inside torch.func.vmap or grad: a transform may not write to the "
-            "buffers of a module.",
+            "buffers of a module",
             hint="call the model on batches first; then model.eval(), or qpass.fake_quantize.freeze_observers(model)",
         )
 

@@ -40,12 +40,12 @@ def observer_for(spec: QuantizationSpec) -> ObserverBase:
     kind = f"{type(observer).__module__}.{type(observer).__qualname__}"
     if not isinstance(observer, ObserverBase):
         raise ConfigError(
-            f"QuantizationSpec observer made a {kind}, which is not a qpass observer.",
+            f"QuantizationSpec observer made a {kind}, which is not a qpass observer",
             hint="use a class of qpass.observer, or derive one from qpass.observer.ObserverBase",
         )
     if observer.trains != spec.trains:
         raise ConfigError(
-            f"QuantizationSpec observer made a {kind}, and does not say that it {_does(observer)}.",
+            f"QuantizationSpec observer made a {kind}, and does not say that it {_does(observer)}",
             hint="use the class, its with_args(...) or a functools.partial of it, or give the callable an attribute "
             f"trains = {observer.trains}",
         )

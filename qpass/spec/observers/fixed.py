@@ -43,14 +43,14 @@ class FixedQParamsObserver(ObserverBase):
         **keywords: Any,
     ) -> None:
         if is_dynamic:
-            raise ConfigError("FixedQParamsObserver cannot be dynamic: its qparams are fixed.")
+            raise ConfigError("FixedQParamsObserver cannot be dynamic: its qparams are fixed")
         spec = spec_from_keywords(dtype, qscheme, PerTensor(), quant_min, quant_max, keywords.pop("eps", None))
         if keywords:
-            raise ConfigError(f"FixedQParamsObserver does not take {', '.join(keywords)}.")
+            raise ConfigError(f"FixedQParamsObserver does not take {', '.join(keywords)}")
         if not (math.isfinite(scale) and scale > 0):
-            raise ConfigError(f"FixedQParamsObserver scale must be positive and finite, not {scale!r}.")
+            raise ConfigError(f"FixedQParamsObserver scale must be positive and finite, not {scale!r}")
         if not quant_min <= zero_point <= quant_max:
-            raise ConfigError(f"FixedQParamsObserver zero_point {zero_point!r} is not within {quant_min}..{quant_max}.")
+            raise ConfigError(f"FixedQParamsObserver zero_point {zero_point!r} is not within {quant_min}..{quant_max}")
         super().__init__(spec)
         self._fixed = float(scale), int(zero_point)
         self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32))

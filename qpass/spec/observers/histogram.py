@@ -56,7 +56,7 @@ class HistogramObserver(RangeObserver):
         spec = spec_from_keywords(dtype, qscheme, PerTensor(), quant_min, quant_max, eps, is_dynamic, reduce_range)
         super().__init__(spec)
         if bins < 2:
-            raise ConfigError(f"HistogramObserver needs at least 2 bins, not {bins}.")
+            raise ConfigError(f"HistogramObserver needs at least 2 bins, not {bins}")
         self.bins = bins
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.int64))
         if factory_kwargs and factory_kwargs.get("device") is not None:

@@ -52,9 +52,9 @@ def spec_from_keywords(
         ConfigError: one of the keywords, or their combination, means nothing.
     """
     if not isinstance(qscheme, torch.qscheme):
-        raise ConfigError(f"An observer's qscheme is one of torch's, such as torch.per_tensor_affine, not {qscheme!r}.")
+        raise ConfigError(f"An observer's qscheme is one of torch's, such as torch.per_tensor_affine, not {qscheme!r}")
     if (qscheme in PER_TENSOR) != isinstance(granularity, PerTensor | PerToken):
-        raise ConfigError(f"An observer with {granularity} cannot have the qscheme {qscheme}.")
+        raise ConfigError(f"An observer with {granularity} cannot have the qscheme {qscheme}")
     storage = STORAGE.get(dtype, dtype)
     if storage in RANGES:  # the spec says what is wrong with another
         low, high = NARROW.get(dtype, RANGES[storage])

@@ -94,7 +94,7 @@ class RangeObserver(StatisticsObserver):
         if self.min_val.numel() > 0:
             raise CalibrationError(
                 f"{type(self).__name__} has ranges of shape {tuple(self.min_val.shape)}, "
-                f"but this tensor has {tuple(shape)} of them.",
+                f"but this tensor has {tuple(shape)} of them",
                 hint="observe one tensor with one observer, or reset() it before another",
             )
         if is_eager(x):
@@ -194,7 +194,7 @@ class PerChannelMinMaxObserver(RangeObserver):
     def range_shape(self, x: Tensor) -> tuple[int, ...]:
         if not -x.dim() <= self.ch_axis < x.dim():
             raise ConfigError(
-                f"{type(self).__name__} has ch_axis {self.ch_axis}, but the tensor has {x.dim()} dimensions.",
+                f"{type(self).__name__} has ch_axis {self.ch_axis}, but the tensor has {x.dim()} dimensions",
                 hint="choose the axis of the weight's output channels",
             )
         return (x.shape[self.ch_axis],)
@@ -224,7 +224,7 @@ class PerGroupMinMaxObserver(RangeObserver):
     def range_shape(self, x: Tensor) -> tuple[int, ...]:
         if x.dim() == 0 or x.shape[-1] % self.group_size != 0:
             raise ConfigError(
-                f"group_size {self.group_size} does not divide the last dimension of shape {tuple(x.shape)}.",
+                f"group_size {self.group_size} does not divide the last dimension of shape {tuple(x.shape)}",
                 hint="choose a group size that divides it, or PerChannel",
             )
         return (*x.shape[:-1], x.shape[-1] // self.group_size)

@@ -27,7 +27,7 @@ class PercentileObserver(HistogramObserver):
         super().__init__(*arguments, **keywords)
         if not 50 < percentile <= 100:
             raise ConfigError(
-                f"PercentileObserver percentile must lie above 50 and not above 100, not {percentile!r}.",
+                f"PercentileObserver percentile must lie above 50 and not above 100, not {percentile!r}",
                 hint="99.99 leaves out one value in ten thousand",
             )
         self.percentile = percentile

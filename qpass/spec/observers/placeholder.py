@@ -56,7 +56,7 @@ class UnquantizedObserver(ObserverBase):
             CalibrationError: always.
         """
         raise CalibrationError(
-            f"{type(self).__name__} has no qparams: they are chosen from each tensor at run time.",
+            f"{type(self).__name__} has no qparams: they are chosen from each tensor at run time",
             hint="put a choose_qparams operator into the graph instead",
         )
 

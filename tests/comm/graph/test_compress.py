@@ -86,7 +86,7 @@ def test_an_override_that_matches_nothing_is_an_error_before_anything_is_done() 
         compress(gm, ALL.override("int4", module="blokc").override("int4", kind="all_gather").keep_plain(group="1"))
     assert str(raised.value) == (
         "Override 0 (module='blokc') matches no collective (did you mean 'block'?); "
-        "override 2 (group='1') matches no collective.\n  to do: correct the name, or remove the override"
+        "override 2 (group='1') matches no collective\n  to do: correct the name, or remove the override"
     )
     assert text(gm) == before
     compress(gm, ALL.override("int4", backward=True))  # is meant for another graph

@@ -118,7 +118,7 @@ def test_what_leaves_with_its_elements_is_a_gradient(
 
 
 MISSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
-    (send.all_reduce, {"backward": False}, "it is no sum of a backward graph"),
+    (send.all_reduce, {"backward": False}, "it is not a sum of a backward graph"),
     (lambda x: send.all_reduce(x) @ x.t(), {}, "its sum is read by mm"),
     (lambda x: (lambda y: (y, y.norm()))(send.all_reduce(x)), {}, "its sum is read by linalg_vector_norm"),
     (lambda x: send.all_reduce(x) * x, {}, "its sum is read by mul"),
@@ -126,7 +126,7 @@ MISSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (lambda x: send.all_reduce(send.all_reduce(x), "max"), {}, "its sum is read by all_reduce_1"),
     (
         lambda x: (x, send.all_reduce(x)), {"gradients": (0,)},
-        "its sum leaves as output 1, which is no weight's gradient",
+        "its sum leaves as output 1, which is not the gradient of a weight",
     ),
 ]  # fmt: skip
 

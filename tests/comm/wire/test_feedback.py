@@ -141,7 +141,7 @@ def test_a_residual_that_was_not_saved_starts_from_zero_with_a_warning() -> None
 )
 def test_what_is_no_residual_is_refused(state: dict[str, Tensor]) -> None:
     feedback = Feedback()
-    with pytest.raises(InputError, match=r"is no residual of error feedback\.\n  to do: load what state_dict\(\) of a"):
+    with pytest.raises(InputError, match=r"is not a residual of error feedback\n  to do: load what state_dict\(\) of"):
         feedback.load_state_dict(state_of(state))
     assert kept(feedback) == {}
 
@@ -149,10 +149,10 @@ def test_what_is_no_residual_is_refused(state: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ({"0/output_0": torch.zeros(3)}, "This is no state of a qpass.comm.Feedback."),
-        ({"ranks": 4, "rank 0": {}}, "The state is of 4 ranks, and this run has 1."),
-        ({"ranks": 1, "rank 3": {}}, "The state is of rank 3, and this is rank 0."),
-        ({"ranks": 1, "rank 0": {"count": 2, "residuals": {}}}, "The state is of 2 residuals, and holds 0."),
+        ({"0/output_0": torch.zeros(3)}, "this is not a state of a qpass.comm.Feedback"),
+        ({"ranks": 4, "rank 0": {}}, "The state is of 4 ranks, and this run has 1"),
+        ({"ranks": 1, "rank 3": {}}, "The state is of rank 3, and this is rank 0"),
+        ({"ranks": 1, "rank 0": {"count": 2, "residuals": {}}}, "The state is of 2 residuals, and holds 0"),
     ],
 )
 def test_a_state_of_another_run_is_refused(state: dict[str, Any], said: str) -> None:

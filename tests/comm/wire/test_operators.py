@@ -55,7 +55,7 @@ def test_a_sum_is_taken_in_the_order_of_the_ranks() -> None:
 @pytest.mark.parametrize("real", [True, False])
 def test_what_is_no_payload_is_refused(real: bool) -> None:
     payload = torch.zeros(130, dtype=torch.uint8, device="cpu" if real else "meta")
-    with pytest.raises(ValueError, match="130 bytes are no payload of 129 elements as int8:128:bf16: that takes 260"):
+    with pytest.raises(ValueError, match="130 bytes are not a payload of 129 elements as int8:128:bf16"):
         ops.decode(payload, 129, torch.float32, "int8:128:bf16")
     with pytest.raises(InputError, match="of uint8 is needed"):
         ops.decode(payload.to(torch.int8), 128, torch.float32, "int8:128:bf16")

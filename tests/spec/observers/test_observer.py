@@ -106,7 +106,7 @@ def test_integers_are_refused(make: Any) -> None:
     with pytest.raises(CalibrationError) as error:
         observer(torch.ones(3, 8, dtype=torch.int64))
     assert str(error.value) == (
-        f"{type(observer).__name__} cannot observe a tensor of torch.int64: only floating values are quantized.\n"
+        f"{type(observer).__name__} cannot observe a tensor of torch.int64: only floating values are quantized\n"
         "  to do: leave this operator in float: config.keep_float(...)"
     )
 
@@ -149,7 +149,7 @@ def test_per_group() -> None:
     with pytest.raises(ConfigError) as error:
         PerGroupMinMaxObserver(group_size=3)(w)
     assert str(error.value) == (
-        "group_size 3 does not divide the last dimension of shape (3, 8).\n"
+        "group_size 3 does not divide the last dimension of shape (3, 8)\n"
         "  to do: choose a group size that divides it, or PerChannel"
     )
 

@@ -1,4 +1,4 @@
-"""Write codecs out, for the compiler to fuse them with what stands around them."""
+"""ExpandCodecs writes codecs out in ATen, so that the compiler fuses them with the operations around them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decide which collectives may lose precision, and write it into the graph."""
+"""InsertCodecs decides which collectives may lose precision, and writes it into the graph."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class InsertCodecs(Pass):
         return 1
 
     def _wanted(self, found: Collective | Coalesced) -> Policy:
-        """What the policy says of one collective; refuses where it wants it plain."""
+        """The policy for one collective. Refuses where the policy wants it plain."""
         if not found.dtype.is_floating_point:
             raise NotAsked(f"values of {dtype_name(found.dtype)} travel as they are")
         if found.world is None:
@@ -214,7 +214,7 @@ def _leave(node: fx.Node, reason: str, asked: bool) -> int:
 
 
 def seen_in(gm: fx.GraphModule, policy: Policy, backward: bool) -> OverrideMatches:
-    """What the overrides of ``policy`` can be held against in a graph, and which of them hold for a collective."""
+    """The names in a graph that overrides of ``policy`` could mean, and the overrides that match a collective."""
     seen = OverrideMatches(backward)
     for node in gm.graph.nodes:
         if operator_of(node) in FORMS:

@@ -1,4 +1,4 @@
-"""Send small payloads together, so that they wait for the link once."""
+"""JoinTransfers sends small payloads together, so that they wait for the link once."""
 
 from __future__ import annotations
 

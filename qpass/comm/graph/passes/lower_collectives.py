@@ -1,4 +1,4 @@
-"""Send payloads instead of the values that were decoded from them."""
+"""LowerCollectives sends payloads instead of the values that were decoded from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read symbolic sizes off the inputs of a graph, so that nothing depends on a tensor for its size alone."""
+"""ResolveSizes reads symbolic sizes from the inputs of a graph, so that no tensor is kept for its size alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Send large payloads in pieces, so that coding and sending overlap."""
+"""SplitTransfers sends large payloads in pieces, so that coding and sending overlap."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from qpass.ir.rule import Rule, require
 aten, prims = torch.ops.aten, torch.ops.prims
 
 SENT_AS_THEY_ARE = {torch.int8, torch.uint8, torch.float16, torch.bfloat16}
-"""Narrow dtypes that every transport carries; the others of one byte travel as bytes."""
+"""Narrow dtypes that every transport carries. Other dtypes of one byte are sent as uint8."""
 
 
 class GatherPayloads(Rule):

@@ -143,7 +143,7 @@ def _read(wait: fx.Node) -> tuple[Collective, QdqNode]:
 
 
 def _check(pair: QdqNode, collective: Collective, moves: bool) -> None:
-    """Refuse codes that do not travel, and scales that lie along the dimension that ``moves``."""
+    """Refuse codes that cannot be sent, and scales that lie along the dimension that ``moves``."""
     dtype, granularity = pair.qparams.dtype, pair.qparams.granularity
     require(dtype in SENT_CODES, f"codes of {dtype_name(dtype)} do not travel", collective.node)
     known = isinstance(granularity, (PerTensor, PerChannel))
