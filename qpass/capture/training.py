@@ -23,6 +23,7 @@ from qpass.capture.errors import refuse_model
 from qpass.capture.export import TRACING, batch_shapes, capture, export_model
 from qpass.capture.graph_comparison import pair_operators
 from qpass.capture.inputs import example_of, fresh_tensors, resize_batch, tensors_of
+from qpass.capture.restored_reads import restore_reads
 from qpass.errors import CaptureError, InputError
 from qpass.ir.alias import aliased_inputs
 from qpass.ir.guard import symbol_of
@@ -201,6 +202,7 @@ def mark_modes(
     Where the two are not the same operators, ``again`` gives the trace whose random branches go into ``gm``.
     """
     ours, theirs = set_aside_flags(gm), set_aside_flags(trains)
+    restore_reads(gm, trains)
     twins, difference = pair_operators(gm, trains)
     modules = dict(model.named_modules(remove_duplicate=False))
     if difference is not None:

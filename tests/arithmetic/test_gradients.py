@@ -20,7 +20,10 @@ def reference(x: Tensor, scale: Tensor, zero_point: Any, adds_first: bool = Fals
     """``dequantize(quantize(x))`` in float64, differentiable: ``round(t) = t + (round(t) - t).detach()``."""
     unrounded = x / scale + (zero_point if adds_first else 0)
     rounded = unrounded + (unrounded.round() - unrounded).detach()
-    code = (rounded + (0 if adds_first else zero_point)).clamp(LOW, HIGH)
+    code = rounded + (0 if adds_first else zero_point)
+    code = torch.where(
+        code < LOW, LOW, torch.where(code > HIGH, HIGH, code)
+    )  # of clamp, torch 2.15 stops it at the ends
     return (code - zero_point) * scale
 
 
