@@ -41,9 +41,9 @@ from qpass.patterns.weights import CARRIED, OF_WEIGHTS
 CATALOGUE: tuple[Island, ...] = (Linear(), Matmul(), Conv(), Embedding(), Add(), Mul(), AvgPool())
 """Every island; the order matters only where two are rooted at the same operator."""
 
-_COMMUNICATION = dict.fromkeys((*KINDS, WAIT), "what it sends is decided after all else: the notes say how")
+_COLLECTIVES = dict.fromkeys((*KINDS, WAIT), "what it sends is decided after all else: the notes say how")
 
-KEPT_IN_FLOAT: dict[object, str] = {**_COMMUNICATION, **_ATTENTION, **_ELEMENTWISE, **_NORMALIZATION}
+KEPT_IN_FLOAT: dict[object, str] = {**_COLLECTIVES, **_ATTENTION, **_ELEMENTWISE, **_NORMALIZATION}
 """Operators that are left in floating point on purpose, each with its reason."""
 
 __all__ = [

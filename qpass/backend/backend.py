@@ -98,12 +98,12 @@ class Backend:
                 return replace(self, config=None, inductor=exact)(gm, example_inputs)
             if self.comm is None:
                 return compile_plain(gm, example_inputs, (), dict(self.inductor))
-            communication = self._communication(gm, self.comm, training)
+            collectives = self._collectives(gm, self.comm, training)
             patches = {**EXACT, **dict(self.inductor)}
-            call = communication.compiled(
-                lambda inner: compile_plain(gm, example_inputs, [communication.step], patches, inner)
+            call = collectives.compiled(
+                lambda inner: compile_plain(gm, example_inputs, [collectives.step], patches, inner)
             )
-            remember(None, parameters_of(real_arguments(example_inputs)), communication)
+            remember(None, parameters_of(real_arguments(example_inputs)), collectives)
             return call
         captured = from_dynamo(gm, example_inputs)
         normalize(captured.graph_module)
@@ -116,13 +116,13 @@ class Backend:
         if self.comm is None:
             kept = remember(lowered, weights)
             return kept.noting(compile_lowered(lowered, example_inputs, **settings), positions)
-        communication = self._communication(gm, self.comm, training)
-        call = communication.compiled(
+        collectives = self._collectives(gm, self.comm, training)
+        call = collectives.compiled(
             lambda inner: compile_lowered(
-                lowered, example_inputs, post_grad=[communication.step], inner=inner, **settings
+                lowered, example_inputs, post_grad=[collectives.step], inner=inner, **settings
             )
         )
-        return remember(lowered, weights, communication).noting(call, positions)
+        return remember(lowered, weights, collectives).noting(call, positions)
 
     def _why_in_float(self, gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool) -> str:
         """Why a graph that should be lowered, or quantized by the configuration, cannot be; "" for all others."""
@@ -150,7 +150,7 @@ class Backend:
         if is_first(why):
             warnings.warn(f"qpass left a compiled graph in float: {why}", QpassWarning, stacklevel=3)
 
-    def _communication(self, gm: fx.GraphModule, comm: Policy, training: bool) -> CompiledCollectives:
+    def _collectives(self, gm: fx.GraphModule, comm: Policy, training: bool) -> CompiledCollectives:
         backward = torch_private.compiled_autograd.in_compiled_autograd_region
         return CompiledCollectives(gm, comm, self.strict, backward, training)
 

@@ -23,14 +23,14 @@ Weights = tuple[weakref.ref[torch.UntypedStorage], ...]
 
 @dataclass(frozen=True)
 class Compilation:
-    """One compilation: its lowered graph, None where compute was left as it is, and its communication, if any.
+    """One compilation: its lowered graph, None where compute was left as it is, and the collectives that it compresses.
 
     It is found by the weights that it read, which are those of several models where Dynamo runs one graph for all of
     them, or by the code that it was compiled from; it is kept as long as one of them is.
     """
 
     graph: fx.GraphModule | None
-    communication: CompiledCollectives | None
+    collectives: CompiledCollectives | None
     weights: dict[tuple[int, ...], Weights]
     code: weakref.ref[CodeType] | None
 
@@ -83,14 +83,14 @@ _COMPILED: list[Compilation] = []
 
 
 def remember(
-    graph: fx.GraphModule | None, weights: Iterable[torch.Tensor], communication: CompiledCollectives | None = None
+    graph: fx.GraphModule | None, weights: Iterable[torch.Tensor], collectives: CompiledCollectives | None = None
 ) -> Compilation:
     """Keep what is compiled now until the last of its weights is gone, or, where it has none, its code."""
     code = next(iter(torch_private.get_traced_code() or ()), None)
     _COMPILED[:] = [kept for kept in _COMPILED if kept.is_alive]
     read = tuple(weights)
     known = {tuple(map(id, read)): _memory(read)}
-    _COMPILED.append(Compilation(graph, communication, known, weakref.ref(code) if code is not None else None))
+    _COMPILED.append(Compilation(graph, collectives, known, weakref.ref(code) if code is not None else None))
     return _COMPILED[-1]
 
 

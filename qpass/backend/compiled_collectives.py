@@ -112,8 +112,8 @@ class CompiledCollectives:
         self.graphs += found
         self._to_compare += found
         missed = []
-        for decisions in found:
-            for line, record in zip(decisions.lines(), decisions.records, strict=True):
+        for graph in found:
+            for line, record in zip(graph.lines(), graph.records, strict=True):
                 log.info(line)
                 missed += [line] if record.is_missed else []
         if missed:
@@ -142,8 +142,8 @@ class CompiledCollectives:
     def _compare(self, found: list[CollectiveRecords]) -> None:
         """One exchange for each group that the graphs ``found`` send on; what agrees is not compared again."""
         plans: dict[str, list[tuple[str, str]]] = {}
-        for decisions in found if self._compares or debug() else ():
-            for name, entries in decisions.plans().items():
+        for graph in found if self._compares or debug() else ():
+            for name, entries in graph.plans().items():
                 plans.setdefault(name, []).extend(entries)
         for name in sorted(plans):  # in one order on all ranks, for each waits for the others
             agree_on_plan(group_of(process_group(name)), plans[name])
@@ -158,12 +158,12 @@ def _is_first(compile_id: Any) -> bool:
     return compile_id is not None and compile_id.frame_compile_id == 0 and not compile_id.compiled_autograd_id
 
 
-def conclusions(communications: Sequence[CompiledCollectives]) -> list[str]:
+def conclusions(compiled: Sequence[CompiledCollectives]) -> list[str]:
     """What is to be said of compilations together, once all their graphs are known."""
-    if not communications or not all(each.is_complete for each in communications):
+    if not compiled or not all(each.is_complete for each in compiled):
         return []
-    graphs = [decisions for each in communications for decisions in each.graphs]
-    return unmatched(graphs) if any(decisions.records for decisions in graphs) else [NONE]
+    graphs = [graph for each in compiled for graph in each.graphs]
+    return unmatched(graphs) if any(graph.records for graph in graphs) else [NONE]
 
 
 def parameters_of(arguments: Sequence[Any]) -> list[torch.Tensor]:

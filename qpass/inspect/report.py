@@ -76,13 +76,13 @@ def report(
     if (inputs is None) != (reference is None):
         given, lacking = ("inputs", "reference") if reference is None else ("reference", "inputs")
         raise InputError(f"report was given {given} but no {lacking}", hint="SQNR needs both, the rest needs neither")
-    graphs, communications, sizes = _compiled(gm)
-    found = report_graphs(graphs, communications, strict, sizes)
+    graphs, collectives, sizes = _compiled(gm)
+    found = report_graphs(graphs, collectives, strict, sizes)
     return found if reference is None else replace(found, sqnr=sqnr(reference, gm, inputs))
 
 
 def report_graphs(
-    graphs: Sequence[fx.GraphModule], communications: Sequence[CompiledCollectives] = (), strict: bool = False,
+    graphs: Sequence[fx.GraphModule], collectives: Sequence[CompiledCollectives] = (), strict: bool = False,
     sizes: _Sizes | None = None,
 ) -> Report:  # fmt: skip
     """One report on all of ``graphs``, and on what compilations decided; raises as :func:`report` does.
@@ -93,8 +93,8 @@ def report_graphs(
     sizes = sizes or _Sizes.total(map(_Sizes.of, records))
     parts = [(region, record) for gm, record in zip(graphs, records, strict=True) for region in regions(gm)]
     every_region = [region for region, _ in parts]
-    notes = [note for gm in graphs for note in _notes(gm)] + conclusions(communications)
-    notes += [note for each in communications for decisions in each.graphs for note in decisions.notes]
+    notes = [note for gm in graphs for note in _notes(gm)] + conclusions(collectives)
+    notes += [note for each in collectives for graph in each.graphs for note in graph.notes]
     found = Report(
         stage=", ".join(dict.fromkeys(record.stage for record in records)) or "compiled",
         target=", ".join(dict.fromkeys(record.target for record in records if record.target)),
@@ -103,8 +103,8 @@ def report_graphs(
         bytes_after=constant_bytes(every_region),
         leftover=_leftover(every_region),
         notes=tuple(dict.fromkeys(notes)),
-        graphs=len(graphs) or len(communications),
-        transfers=tuple(row for each in communications for row in transfers(each.graphs)),
+        graphs=len(graphs) or len(collectives),
+        transfers=tuple(row for each in collectives for row in transfers(each.graphs)),
         weight_bytes=sizes.weights,
         weight_bytes_kept=sizes.kept,
     )
@@ -168,7 +168,7 @@ def _compiled(gm: Any) -> tuple[list[fx.GraphModule], list[CompiledCollectives],
     if not found:
         raise InputError("this compiled model has no graph of qpass yet", hint=_way_to_a_graph(program))
     graphs = [one.graph for one in found if one.graph is not None]
-    return graphs, [one.communication for one in found if one.communication is not None], _sizes(program, found)
+    return graphs, [one.collectives for one in found if one.collectives is not None], _sizes(program, found)
 
 
 def _sizes(program: Any, found: Iterable[Compilation]) -> _Sizes:

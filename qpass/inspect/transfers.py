@@ -12,8 +12,8 @@ def transfers(graphs: Iterable[CollectiveRecords]) -> list[Transfer]:
     """The rows of compiled graphs, in their order."""
     return [
         Transfer(
-            record.op, "backward" if decisions.backward else "forward", record.module, record.line, record.group,
+            record.op, "backward" if graph.backward else "forward", record.module, record.line, record.group,
             record.kernel if record.outcome == "lowered" else "", record.reason, record.is_missed,
         )
-        for decisions in graphs for record in decisions.records
+        for graph in graphs for record in graph.records
     ]  # fmt: skip

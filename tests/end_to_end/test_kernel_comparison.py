@@ -1,7 +1,7 @@
-"""The law, measured on whole models: prepared is the float model bit for bit, lowered is the q/dq reference.
+"""What "exact" means, measured on whole models: prepared is the float model bit for bit, lowered is the q/dq reference.
 
-Lowered and reference are compared kernel by kernel on equal inputs (see `law`). At their ends they are compared by
-SQNR alone: a code that falls differently at a rounding tie is one step away, later layers amplify it, and so two
+Lowered and reference are compared kernel by kernel on equal inputs (see `kernel_comparison`). At their ends they are
+compared by SQNR alone: a code that falls differently at a rounding tie is one step away, later layers amplify it, and so two
 correct programs may return different numbers; neither of them may be further from the float model than the other.
 """
 

@@ -1,4 +1,4 @@
-"""The law of lowering, kernel by kernel: fed the codes of the reference graph, a kernel writes the reference's codes.
+"""Lowering is exact, kernel by kernel: fed the codes of the reference graph, a kernel writes the reference's codes.
 
 Whole models are compared one kernel at a time, because a code that falls differently at a rounding tie is amplified by
 the layers behind it, until the ends of two correct graphs differ. So both graphs run side by side, and every kernel of
@@ -58,7 +58,7 @@ class Compared:
 
 
 def compare_kernels(quantized: fx.GraphModule, *inputs: Tensor) -> list[Compared]:
-    """Every kernel that ``quantized`` is lowered to, held against the law; AssertionError names the node.
+    """Every kernel that ``quantized`` is lowered to, compared with the q/dq graph; AssertionError names the node.
 
     Skips the test on a machine without the kernels.
     """

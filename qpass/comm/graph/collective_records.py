@@ -66,13 +66,13 @@ def unmatched(graphs: Iterable[CollectiveRecords]) -> list[str]:
     return [f"{name} of comm matches no collective{hint}" for name, hint in hints.items() if name not in met]
 
 
-def keep(decisions: CollectiveRecords) -> None:
+def keep(kept: CollectiveRecords) -> None:
     """Keep the records with the graph that is being compiled."""
     plain = {
-        "backward": decisions.backward,
-        "records": [{name: getattr(record, name) for name in _KEPT} for record in decisions.records],
-        "overrides": decisions.overrides,
-        "notes": decisions.notes,
+        "backward": kept.backward,
+        "records": [{name: getattr(record, name) for name in _KEPT} for record in kept.records],
+        "overrides": kept.overrides,
+        "notes": kept.notes,
     }
     torch_private.counters["inductor"][PREFIX + json.dumps(plain)] += 1
 

@@ -53,7 +53,7 @@ def _edit(number: int, edit: Edit, diff: DiffData) -> str:
     before, after = edit.text
     lines = [tag("span", escape(f"- {line}"), style=REMOVED) for line in before]
     lines += [tag("span", escape(f"+ {line}"), style=ADDED) for line in after]
-    law = tag("pre", "<br>".join(lines), style=f"{MONO};margin:4px 0;white-space:pre-wrap")
+    change = tag("pre", "<br>".join(lines), style=f"{MONO};margin:4px 0;white-space:pre-wrap")
     svg = draw(edit.instances[0], diff.before, diff.after)
     shown = picture(svg, " -> ".join(("; ".join(before), "; ".join(after)))) if svg else ""
     shown_places = "\n".join(_places(edit.instances[:LISTED]))
@@ -61,7 +61,7 @@ def _edit(number: int, edit: Edit, diff: DiffData) -> str:
     rest = quiet(f"and {total - LISTED} more") if total > LISTED else ""
     listed = tag("pre", escape_lines(shown_places), style=f"{MONO};margin:4px 0")
     listing = details(quiet(f"{total} place{'s' * (total > 1)}"), listed, rest)
-    return details(summary, law, shown, listing, opened=number <= OPENED)
+    return details(summary, change, shown, listing, opened=number <= OPENED)
 
 
 def _places(instances: Sequence[Instance]) -> Iterator[str]:

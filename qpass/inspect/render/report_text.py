@@ -41,7 +41,7 @@ def headline(report: ReportData) -> list[str]:
     title += f" for {report.target}" if report.target else ""
     title += f", {report.graphs} graphs" if report.graphs > 1 else ""
     if report.stage == "compiled":
-        return [title, "  operations  left in floating point", *_communication(report)]
+        return [title, "  operations  left in floating point", *_collectives(report)]
     lines = [title, f"  operations  {done}, {', '.join(rest)}"]
     besides = [f"{fused} fused into the one before"] if fused else []
     besides += [f"{moved} only move values"] if moved else []
@@ -52,10 +52,10 @@ def headline(report: ReportData) -> list[str]:
         lines.append(f"  weights     {share} ({quantity(report.weight_bytes_kept)} of {quantity(report.weight_bytes)})")
     if report.sqnr is not None:
         lines.append(f"  SQNR        {report.sqnr:.1f} dB")
-    return lines + _communication(report)
+    return lines + _collectives(report)
 
 
-def _communication(report: ReportData) -> list[str]:
+def _collectives(report: ReportData) -> list[str]:
     compressed = sum(bool(row.sent_as) for row in report.transfers)
     return [f"  collectives {compressed} of {len(report.transfers)} compressed"] if report.transfers else []
 
