@@ -54,12 +54,12 @@ EXACT = {"emulate_precision_casts": True}
 class Backend:
     """A backend for ``torch.compile``; equal settings compare equal, so they do not recompile.
 
-    A converted model is lowered; where gradients are asked of it, its q/dq graph is compiled, and they pass straight
-    through rounding. A float model without gradients is quantized by ``config``, which must not need calibration;
-    gradients that are off inside of it are off. With gradients it is compiled as it is, with a warning unless it is in
-    training mode or ``comm`` is given; so is one without a config, silently. ``inductor`` are options for Inductor's
-    own configuration, applied to this compilation alone; a ``mode`` of torch.compile stands for some of
-    them. ``comm`` says which collectives are compressed, in the forward graph and in the backward one.
+    A converted model is lowered. Where a call asks for gradients, its q/dq graph is compiled instead, and they pass
+    straight through rounding. A float model without gradients is quantized by ``config``, which must not need
+    calibration. With gradients it is compiled as it is, with a warning unless it is in training mode or ``comm`` is
+    given. A float model without a config is compiled as it is, without a warning. ``inductor`` are options for
+    Inductor's own configuration, for this compilation alone; a ``mode`` of torch.compile stands for some of them.
+    ``comm`` says which collectives are compressed, in the forward graph and in the backward one.
     """
 
     config: Config | None
@@ -254,7 +254,7 @@ def _is_training(example_inputs: Sequence[Any]) -> bool:
 
 
 def _runs_without_gradients(gm: fx.GraphModule) -> bool:
-    """Whether all that a graph computes stands where it switched gradients off; then it switches no more."""
+    """Whether a graph computes only while gradients are switched off. Then its switches are removed."""
     switches = gm.graph.find_nodes(op="call_function", target=_SET_GRAD)
     enabled = True
     for node in gm.graph.nodes:
@@ -262,7 +262,7 @@ def _runs_without_gradients(gm: fx.GraphModule) -> bool:
             enabled = node.args[0]
         elif enabled and node.op not in ("placeholder", "get_attr", "output"):
             return False
-    if not switches or not enabled:  # it leaves them off for what comes after it
+    if not switches or not enabled:  # gradients stay off after it
         return False
     for node in switches:
         gm.graph.erase_node(node)

@@ -25,8 +25,8 @@ Weights = tuple[weakref.ref[torch.UntypedStorage], ...]
 class Compilation:
     """One compilation: its lowered graph, None where compute was left as it is, and the collectives that it compresses.
 
-    It is found by the weights that it read, which are those of several models where Dynamo runs one graph for all of
-    them, or by the code that it was compiled from; it is kept as long as one of them is.
+    It is found by the weights that it read, or by the code that it was compiled from, and is kept as long as one of
+    these lives. Where Dynamo runs one graph for several models, the weights are those of all.
     """
 
     graph: fx.GraphModule | None
@@ -63,7 +63,7 @@ class Compilation:
         return min(lines) <= root.co_firstlineno <= max(lines)
 
     def noting(self, call: Callable[..., Any], positions: Sequence[int]) -> Callable[..., Any]:
-        """``call``, noting which tensors it is given at ``positions``: the weights of the model that runs."""
+        """``call``, which notes the tensors that it is given at ``positions``: the weights of the model that runs."""
         chosen = pick(positions)
 
         def noted(*arguments: Any) -> Any:
@@ -85,7 +85,7 @@ _COMPILED: list[Compilation] = []
 def remember(
     graph: fx.GraphModule | None, weights: Iterable[torch.Tensor], collectives: CompiledCollectives | None = None
 ) -> Compilation:
-    """Keep what is compiled now until the last of its weights is gone, or, where it has none, its code."""
+    """Keep a compilation until the last of its weights is freed, or, where it has none, its code."""
     code = next(iter(torch_private.get_traced_code() or ()), None)
     _COMPILED[:] = [kept for kept in _COMPILED if kept.is_alive]
     read = tuple(weights)
@@ -121,11 +121,11 @@ def _is_compiled(module: torch.nn.Module) -> bool:
 
 
 def compilations(program: torch.nn.Module | Callable[..., Any]) -> list[Compilation]:
-    """What was compiled for a model or a function: what reads its tensors, and what comes from its code.
+    """The compilations of a model or a function: those that read its tensors, and those that come from its code.
 
-    The models of a function are those that it closes over, and those among the globals that it names. What reads
-    weights was not compiled for a model without them, whatever its code. What reads weights of others beside a
-    model's own, as those of two models that share a tensor do, is the model's only where nothing else is.
+    The models of a function are those that it closes over, and those among the globals that it names. A compilation
+    that reads weights does not belong to a model without weights, whatever its code. One that also reads weights of
+    other models, as where two models share a tensor, counts only where the model has no compilation of its own.
     """
     is_model = isinstance(program, torch.nn.Module)
     function: Any = type(program).forward if isinstance(program, torch.nn.Module) else inspect.unwrap(program)
@@ -173,9 +173,9 @@ _TOLD: dict[tuple[int, str], weakref.ref[Any]] = {}
 
 
 def is_first(what: str) -> bool:
-    """Whether ``what`` was not yet asked about for the compiled model or function whose call compiles now.
+    """Whether this is the first question about ``what`` for the model or function that compiles now.
 
-    However many graphs it falls into, and however often it is compiled again, it is one to its user.
+    It counts as one for its user, however many graphs it falls into and however often it is compiled again.
     """
     program = program_compiled_now()
     if program is None:

@@ -31,14 +31,14 @@ NONE = """comm was asked for, and a compiled graph has no collective
 class CompiledCollectives:
     """The collectives of a compilation of ``gm``, graph by graph. A backward graph may be compiled later.
 
-    Each is a line of the log. What the policy wants and the rules decline is a warning; so are overrides that match
-    nothing, and, once all graphs are known, that none of them has a collective. The ranks compare their decisions
-    before a graph first runs, where the policy says that they run the same programs (`join`); with `qpass.comm.debug`
-    always, also when a frame is compiled again. Graphs of a training step run with the policy's feedback, where it has
-    one, for the parameters of their first run alone.
+    Each collective is a line of the log. A collective that the policy wants compressed and the rules decline is a
+    warning. So are overrides that match nothing, and compilations without any collective. Where the policy
+    says that the ranks run the same programs (`join`), they compare their decisions before a graph first runs. With
+    `qpass.comm.debug` they always do, also when a frame is compiled again. Where the policy has a feedback, graphs of a
+    training step run with it, for the parameters of their first run alone.
 
     Attributes:
-        graphs: the decisions, graph by graph.
+        graphs: the records of the collectives, graph by graph.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ def _is_first(compile_id: Any) -> bool:
 
 
 def conclusions(compiled: Sequence[CompiledCollectives]) -> list[str]:
-    """What is to be said of compilations together, once all their graphs are known."""
+    """The notes about several compilations together, once all their graphs are known."""
     if not compiled or not all(each.is_complete for each in compiled):
         return []
     graphs = [graph for each in compiled for graph in each.graphs]

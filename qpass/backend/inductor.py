@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
 
 COMPUTED_ONCE = {"realize_opcount_threshold": 10}
-"""What two loops read, as the range of a row and then its codes, is stored if it takes so many operations; Inductor
-would compute a gelu of 25 operations twice."""
+"""A value that two loops read, such as a row for its range and for its codes, is stored if it takes so many operations.
+Inductor would compute a gelu of 25 operations twice."""
 
 
 def compile_lowered(
@@ -110,7 +110,7 @@ def compile_plain(
 
 
 def _lift(gm: fx.GraphModule, derivation: Derivation) -> list[Key]:
-    """Turn the tensors that the graph and its regions read into inputs, each once; what they are, in input order.
+    """Turn the tensors that the graph and its regions read into inputs, each once. Returns their keys in input order.
 
     Dynamo's arguments come first. Regions get them as operands: ``cond(p, f, g, (x,)) -> cond(p, f, g, (x, weight))``,
     all of them in every region.

@@ -43,8 +43,8 @@ class LiveConstants:
     code: ``enter`` returns them, in the order in which ``hold`` was called. Calls with the same weights may run at
     the same time; a call with other weights waits for them to end.
 
-    ``gathered`` are the positions of arguments whose values may be others in every call, though nothing tells: what
-    follows from them is computed in every call, and kept for that call alone.
+    ``gathered`` are the positions of arguments whose values may change in every call unnoticed. What is derived from
+    them is computed in every call, and kept for that call alone.
     """
 
     def __init__(self, derivation: Derivation, arguments: Sequence[Any], gathered: Collection[int] = ()) -> None:
@@ -102,7 +102,7 @@ class LiveConstants:
                 constant.data = value
 
     def _set_of(self, watch: WeightState, leaves: tuple[Tensor, ...]) -> _Weights:
-        """The set with these leaves: a known one, or one that takes from the most alike what is the same there."""
+        """The set with these leaves: a known one, or a new one that shares what it can with the most similar one."""
         weights = self._known.get(watch.addresses)
         if weights is None:
             alike = max(self._known.values(), key=lambda known: sum(map(eq, known.watch.addresses, watch.addresses)))

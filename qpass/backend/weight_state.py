@@ -25,10 +25,10 @@ _value: Callable[[Any], int] = attrgetter("value")
 class WeightState:
     """The state of some tensors, to compare with that of the tensors of a later call.
 
-    Noticed are in-place updates (the version counter), another tensor in the place of the old one and
-    ``weight.data = other`` (the address; that of a freed storage may be handed out again, so a free counts as a
-    change), and those writes behind autograd's back (``weight.data.copy_``, a NumPy view) that change the 8 bytes in
-    the middle of the weight. Inference tensors have no version counter: they are compared with a copy, all of them.
+    It notices in-place updates by the version counter. It notices another tensor and ``weight.data = other`` by the
+    address; since the address of a freed storage may be used again, a free counts as a change. Of writes that autograd
+    does not see (``weight.data.copy_``, a NumPy view), it notices those that change the 8 bytes in the middle of the
+    weight. Inference tensors have no version counter, so they are compared with a copy.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:

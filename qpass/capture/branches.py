@@ -1,4 +1,4 @@
-"""What a model draws at random in training only (stochastic depth, noise): calls of `Branch` in the evaluation trace.
+"""Random draws of training alone (stochastic depth, noise), as calls of `Branch` in the trace of evaluation.
 
 A branch is what the training trace holds between one value and what is read in its place::
 
@@ -35,7 +35,7 @@ STATISTICS = (aten.batch_norm.default, aten.instance_norm.default)
 def insert_branches(
     gm: fx.GraphModule, trains: fx.GraphModule, drawn: Collection[fx.Node], finish: Callable[[fx.Node], None]
 ) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
-    """Let ``gm`` draw what only ``trains`` draws: the twins of its operators, and a node that draws for each new call.
+    """Insert what only ``trains`` draws into ``gm``. Returns the twins of its operators and the draw of each new call.
 
     Args:
         gm: the trace in evaluation; edited.
@@ -83,7 +83,7 @@ def insert_branches(
 def check(
     trains: fx.GraphModule, branches: Mapping[fx.Node, list[fx.Node]], found: Alignment, drawn: Collection[fx.Node]
 ) -> None:
-    """Raise CaptureError where training does something that no branch holds, or that a branch may not hold.
+    """Raise CaptureError where training does something outside of branches, or something that a branch may not do.
 
     No branch writes to what it did not make, updates statistics or holds control flow; no two draw one number; and they
     draw in the order of their places, or the model's seed would mean something else.
@@ -117,7 +117,7 @@ def is_own(node: fx.Node, nodes: list[fx.Node]) -> bool:
 
 
 def refusal(what: str, node: fx.Node) -> CaptureError:
-    """The error that says what a node of the training trace does; ``{}`` in ``what`` stands for its operator."""
+    """The error about a node of the training trace; ``{}`` in ``what`` stands for its operator."""
     return CaptureError(
         what.format(target_name(node)), where=where(node),
         hint="training may drop, normalise by the batch, and draw a random mask or noise in the place where one value "
@@ -151,6 +151,6 @@ def constant(node: fx.Node, trains: fx.GraphModule, edit: Editor) -> fx.Node:
 
 
 def replace_reads(reader: fx.Node, reads: list[fx.Node | None]) -> None:
-    """Let a node read others; ``reads``: one for each node among its arguments, in order, None for those that stay."""
+    """Replace what a node reads; ``reads`` has an entry for each node among its arguments, None for those that stay."""
     given = iter(reads)
     reader.args, reader.kwargs = fx.node.map_arg((reader.args, reader.kwargs), lambda node: next(given) or node)

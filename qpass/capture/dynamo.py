@@ -1,8 +1,8 @@
-"""A Dynamo graph as qpass IR: pre-dispatch ATen whose parameters and buffers are ``get_attr`` constants.
+"""Capture of a Dynamo graph: pre-dispatch ATen whose parameters and buffers are ``get_attr`` constants.
 
 Dynamo hands a backend a graph of Python-level calls in which everything is an argument: the model's own tensors
-first met as attributes, the user's inputs, and the sizes of dynamic dimensions. The passes want ATen, and want to know
-which tensors are *weights*. This file translates, and keeps the way back: which argument feeds which constant.
+first met as attributes, the user's inputs, and the sizes of dynamic dimensions. The passes need ATen, and need to
+know which tensors are *weights*. This file translates the graph, and keeps which argument feeds which constant.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qpass.torch_private import FakeTensor, FakeTensorMode, TracingContext, enab
 
 @dataclasses.dataclass(frozen=True)
 class DynamoCapture:
-    """What :func:`from_dynamo` returns.
+    """The result of :func:`from_dynamo`.
 
     ``graph_module`` is the captured graph; its :func:`~qpass.ir.origins.origins` say what its constants stand for.
     ``bindings`` maps the name of each constant that is a tensor of the user's model to the position of its argument in
@@ -90,7 +90,7 @@ def real_arguments(example_inputs: Sequence[Any]) -> list[Any]:
     """The arguments of a backend, with the user's tensors in the place of fake ones.
 
     Dynamo's optimizer for DDP compiles a graph in parts and gives each part fake tensors. What one part computes for
-    another stays fake: there is no such tensor yet.
+    another stays fake, because that tensor does not exist yet.
     """
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None else None

@@ -1,9 +1,9 @@
-"""A model as qpass IR: an FX graph of pre-dispatch ATen with parameters and buffers as ``get_attr``.
+"""Capture by torch.export: an FX graph of pre-dispatch ATen with parameters and buffers as ``get_attr``.
 
-The batch dimension is dynamic by default, and that is checked rather than assumed. ``torch.export`` takes it for
-granted that a dynamic size is at least 2, so a branch on ``x.shape[0] == 1`` would vanish without a trace. The model
-is therefore exported twice: with a batch of at least 2, and with a batch of 1. Where the two graphs are the same
-operators in the same order, the first holds for every batch; where not, size 1 is refused by an assertion.
+The batch dimension is dynamic by default, and that is checked. ``torch.export`` assumes that a dynamic size is at least
+2, so a branch on ``x.shape[0] == 1`` would vanish silently. So the model is exported twice: with a batch of at least 2,
+and with a batch of 1. Where the two graphs are the same operators in the same order, the first holds for every batch.
+Otherwise an assertion refuses size 1.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def export_model(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's log of an operator that fails on fake tensors: the error says it, and a probe may fail."""
+    """Silence torch's log of an operator that fails on fake tensors. The error says the same, and a probe may fail."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, log.disabled = log.disabled, True
     try:

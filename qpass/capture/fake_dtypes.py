@@ -13,7 +13,7 @@ from torch import fx
 
 from qpass.arithmetic import graph_ops
 from qpass.arithmetic.decompositions import table
-from qpass.ir.fake import fake_call, refresh_val
+from qpass.ir.fake import fake_call, recompute_val
 from qpass.ir.regions import regions
 
 WITH_WRONG_DTYPES = graph_ops.choose_qparams_per_token.default
@@ -26,7 +26,7 @@ def correct_vals(gm: fx.GraphModule) -> int:
         node.meta["val"] = fake_call(*node.args, call=table()[WITH_WRONG_DTYPES], **node.kwargs)
         for user in node.users:
             if user.target is operator.getitem:
-                refresh_val(user)
+                recompute_val(user)
     return len(found)
 
 

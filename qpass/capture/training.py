@@ -1,4 +1,4 @@
-"""A model as qpass IR, for training: the graph of evaluation, with a mark on each operator that training changes.
+"""Capture for training: the graph of evaluation, with a mark on each operator that training changes.
 
 The model is traced in evaluation mode and once more in training mode. Both traces must be the same operators in the
 same order; what may differ is whether dropout drops, whose statistics a batch norm uses, and whether a random mask or
@@ -50,7 +50,7 @@ IN_PLACE = {
     aten.rrelu_.default: aten.rrelu.default,
     **{getattr(aten, f"{name}_").default: operator for operator, name in DROPOUT.items()},
 }
-"""What is random in place, each with its plain form."""
+"""Random operators that work in place, each with its functional form."""
 
 
 def capture_training(
@@ -104,7 +104,7 @@ def capture_training(
 
 
 def refuse_synchronized(model: nn.Module) -> None:
-    """Raise CaptureError for a SyncBatchNorm, whose statistics need collectives that no graph here holds."""
+    """Raise CaptureError for a SyncBatchNorm, whose statistics need collectives that the graph cannot hold."""
     for path, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise CaptureError(
@@ -117,7 +117,7 @@ def refuse_synchronized(model: nn.Module) -> None:
 
 @contextmanager
 def own_backwards() -> Iterator[list[str]]:
-    """The names of the model's own ``torch.autograd.Function`` classes that are applied meanwhile."""
+    """The names of the model's own ``torch.autograd.Function`` classes that are applied inside this context."""
     found: dict[str, None] = {}
     apply = torch.autograd.Function.__dict__["apply"]
 
@@ -155,7 +155,7 @@ def several(inputs: tuple[Any, Any]) -> tuple[Any, Any]:
 def trace_training(model: nn.Module, inputs: tuple[Any, Any], dynamic_shapes: Any) -> tuple[fx.GraphModule, set[str]]:
     """The trace in training mode, with batch norms in evaluation mode: their modules say what training changes.
 
-    Besides, the paths of the modules that the model's own ``train()`` leaves in evaluation mode.
+    Also returns the paths of the modules that the model's own ``train()`` leaves in evaluation mode.
     """
     model.train()
     held = {path for path, module in model.named_modules(remove_duplicate=False) if not module.training}
@@ -259,7 +259,7 @@ def is_alone(module: nn.Module | None) -> bool:
 
 
 def set_aside_flags(gm: fx.GraphModule) -> dict[fx.Node, Any]:
-    """Give every operator of `FLAGS` the flag of evaluation; the flags they had. Dropout in place becomes plain."""
+    """Give every operator of `FLAGS` the flag of evaluation; returns the old flags. Dropout in place becomes functional."""
     had: dict[fx.Node, Any] = {}
     for region in regions(gm):
         for node in region.graph.nodes:

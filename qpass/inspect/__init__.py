@@ -1,4 +1,4 @@
-"""Looking at a graph and at what quantization did to it; nothing here changes either."""
+"""Reports, diffs, recordings and noise of graphs. Nothing here changes a graph."""
 
 from qpass.inspect.diff import GraphDiff, diff
 from qpass.inspect.ranges import ranges

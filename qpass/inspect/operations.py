@@ -64,7 +64,7 @@ def _compute_dtype(node: fx.Node, record: NodeRecord) -> str:
 def _computes_floats(node: fx.Node) -> bool:
     """Whether a node is an operation of the model that could lose precision.
 
-    q/dq is a decision about operations, not one of them. Masks, indices and sizes are not; neither is ``getitem``,
+    q/dq nodes are not operations of the model. Masks, indices and sizes are not either; nor is ``getitem``,
     which names one result of the operation before it, nor control flow, whose regions are accounted for by themselves.
     """
     if node.op != "call_function" or node.target is operator.getitem or _is_control_flow(node):

@@ -84,7 +84,7 @@ _ACTIVE: ContextVar[tuple[Recording, ...]] = ContextVar("qpass_recordings", defa
 
 @contextmanager
 def record() -> Iterator[Recording]:
-    """Record every pass that runs in the block: ``prepare``, ``convert``, ``lower``, the backend, and one's own.
+    """Record every pass that runs in the block: in ``prepare``, ``convert``, ``lower``, the backend, and by ``run``.
 
     ::
 
@@ -146,7 +146,7 @@ class _Late:
 
 
 def _is_traced() -> bool:
-    """Whether structured trace goes anywhere: torch keeps a handler that waits for a folder, and mostly in vain."""
+    """Whether the structured trace is written: torch always has a handler, which mostly has no folder to write to."""
     return any(getattr(handler, "root_dir", True) for handler in trace_log.handlers)
 
 

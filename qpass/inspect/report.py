@@ -31,7 +31,7 @@ from qpass.islands.qdq import DEQUANTIZE, QUANTIZE
 
 @dataclass(frozen=True)
 class Report(ReportData):
-    """Everything that is known about one graph, or about the several that a model fell into.
+    """Everything that is known about one graph, or about the graphs of one model.
 
     :class:`ReportData` has its content. ``str(report)`` is its text, stable over runs; a notebook shows it as HTML.
     """

@@ -1,4 +1,4 @@
-"""Programs in files: opening a ``.pt2``, and the decisions of qpass that travel in one.
+"""Programs in files: opening a ``.pt2``, and the records of qpass that are saved in it.
 
 A record is kept in ``node.meta["custom"]["qpass"]``, which torch writes into the file with the node; the stage and the
 target lie beside the program as an extra file, with the number of the format.
@@ -55,7 +55,7 @@ def open_program(path: str | os.PathLike[str]) -> ExportedProgram:
 
 
 def refuse_newer(path: str | os.PathLike[str]) -> None:
-    """Raise InputError where the file has a format that this qpass does not know; torch opens nothing for that.
+    """Raise InputError where the file has a format that this qpass does not know, before torch opens the file.
 
     A file without a format is not qpass's, or older than formats, which are read as the first one.
     """

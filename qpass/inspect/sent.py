@@ -17,7 +17,7 @@ SENDERS = (DDPHook, FSDPCompression)
 
 @dataclass(frozen=True)
 class SentReport(SentData):
-    """What one rank has sent, and why what is plain is plain. ``str(report)`` is its text.
+    """What one rank has sent, and why some of it was sent plain. ``str(report)`` is its text.
 
     :class:`SentData` has its content.
     """
@@ -33,13 +33,13 @@ def sent_report(sender: Sender, strict: bool = False) -> SentReport:
     """The report of a DDP hook, or of the value of `compress_fsdp`, on this rank.
 
     Raises:
-        StrictError: ``strict`` and something went plain for another reason than the caller's options.
+        StrictError: ``strict`` and something was sent plain for another reason than the caller's options.
     """
     title = f"DDP hook, {sender.codec}" if isinstance(sender, DDPHook) else "compress_fsdp"
     found = SentReport(title, sender.entries)
     if strict and found.missed:
         raise StrictError(
-            f"{len(found.missed)} collectives went plain though they were to be compressed",
+            f"{len(found.missed)} collectives were sent plain though they were to be compressed",
             where="\n         ".join(f"{row.place} ({row.collective}): {row.reason}" for row in found.missed),
             hint="mend what the reasons say, or ask for the report without strict=True",
         )

@@ -60,7 +60,7 @@ def snapshot(program: Any) -> Snapshot:
             stages.append(getattr(graph.meta.get(GRAPH_KEY), "stage", ""))
         else:
             raise InputError(
-                f"a graph is wanted, and this is {type(graph).__name__}",
+                f"a graph is needed, and this is {type(graph).__name__}",
                 hint="pass a GraphModule, an ExportedProgram, the path of a saved one, or a compiled model that ran",
             )
     return Snapshot(reader.nodes, ", ".join(dict.fromkeys(filter(None, stages))), frozenset(reader.graph_ids))
@@ -130,7 +130,7 @@ class _Reader:
 
 
 def place(value: Tensor) -> tuple[Any, int]:
-    """What tells a constant's memory from others, and its bytes; an opaque (packed) tensor counts a byte a value."""
+    """The identity of a constant's memory, and its bytes. A packed tensor counts one byte for each value."""
     plain = value.layout == torch.strided and value.device.type != "meta"
     size = value.numel() * (value.element_size() if value.layout == torch.strided else 1)
     return (value.data_ptr() or id(value) if plain else id(value)), size

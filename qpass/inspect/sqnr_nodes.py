@@ -1,7 +1,7 @@
 """Signal to quantization noise at every matched node of two graphs, in one run of both side by side.
 
 The two graphs advance together: as soon as both have computed a value, its noise is added up and forgotten, and each
-frees what nothing reads any more. So the memory is that of the values alive in one forward and a little of the other's.
+frees values that nothing reads any more. So the memory is that of one forward and a little of the other.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _args(batch: Any) -> tuple[Any, ...]:
 def _compared(before: Snapshot, after: Snapshot, pairs: Mapping[int, int]) -> dict[int, int]:
     """The pairs whose values may be compared: floating-point results of operations outside regions.
 
-    Where an operation was folded into the one before it, as a batch norm is, the value to compare is that behind it.
+    Where an operation was folded into the one before it, as a batch norm is, the value after it is compared.
     """
     chosen = dict(pairs)
     heirs = {right: left for left, right in pairs.items()}
@@ -156,8 +156,8 @@ def _taken(values: list[Any]) -> Iterator[Any]:
 
 
 def _steps(gm: fx.GraphModule, batch: Any) -> Iterator[tuple[str, Any]]:
-    """Every node's value. The batch is copied at the first step, not before, and no name here holds the copy: it is
-    gone behind its last reader, as any other value is, so that the copies of both graphs are not alive at once."""
+    """Every node's value. The batch is copied at the first step, and no name here holds the copy. It is freed after its
+    last reader, as any other value is, so that the copies of both graphs are not alive at once."""
     yield from _Run(gm).values(_inputs(gm, copied(batch)))
 
 

@@ -97,7 +97,7 @@ def storages(node: fx.Node) -> list[int]:
     ]
 
 
-def written(graph: fx.Graph) -> Set[fx.Node]:
+def written_nodes(graph: fx.Graph) -> Set[fx.Node]:
     """The nodes whose memory some operator of the graph writes to: what they hold depends on when it is read.
 
     Empty for a graph without in-place writes, which is most of them once :mod:`qpass.ir.normalize` has run.

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from qpass import torch_private
-from qpass.ir.alias import written
+from qpass.ir.alias import written_nodes
 from qpass.ir.attributes import get_constant
 
 
@@ -23,7 +23,7 @@ class Constants:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        self._known: dict[fx.Node, bool] = dict.fromkeys(written(gm.graph), False)
+        self._known: dict[fx.Node, bool] = dict.fromkeys(written_nodes(gm.graph), False)
 
     def __contains__(self, node: object) -> bool:
         if not isinstance(node, fx.Node):

@@ -70,7 +70,7 @@ def terms(sizes: Iterable[int | torch.SymInt]) -> tuple[Any, ...]:
     return tuple(size if isinstance(size, int) else size.node.expr for size in sizes)
 
 
-def refresh_val(node: fx.Node) -> None:
+def recompute_val(node: fx.Node) -> None:
     """Compute ``meta["val"]`` of an operator node again, after one of its inputs changed."""
     val = fake_call(*node.args, call=node.target, **node.kwargs)  # type: ignore[arg-type]  # it is an operator
     if val is not None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, fx
 
-from qpass.ir.alias import written
+from qpass.ir.alias import written_nodes
 from qpass.ir.attributes import get_constant
 from qpass.ir.origins import derived_constants
 from qpass.ir.regions import regions
@@ -58,7 +58,7 @@ def own_written(gm: fx.GraphModule) -> None:
     targets = [
         value
         for region in regions(gm)
-        for node in written(region.graph)
+        for node in written_nodes(region.graph)
         if node.op == "get_attr" and isinstance(value := get_constant(region, str(node.target)), Tensor)
     ]
     memory = set(map(_memory, targets))

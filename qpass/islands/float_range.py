@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qpass import torch_private
-from qpass.ir.alias import written
+from qpass.ir.alias import written_nodes
 from qpass.ir.attributes import get_constant
 from qpass.islands.views import carried
 from qpass.torch_private import tree_leaves
@@ -58,7 +58,7 @@ def beyond(gm: fx.GraphModule, dtype: torch.dtype, rounded: Set[fx.Node], bounde
         bounded: operations whose results are sums of products.
     """
     found: set[fx.Node] = set()
-    changing = written(gm.graph)
+    changing = written_nodes(gm.graph)
     for node in gm.graph.nodes:
         wide = node not in rounded and any(value in WIDE for value in dtypes(node))
         if wide and _is_beyond(gm, node, dtype, found, bounded, node in changing):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qpass import torch_private
-from qpass.ir.alias import storages, written, written_inputs
+from qpass.ir.alias import storages, written_inputs, written_nodes
 from qpass.ir.attributes import get_constant
 from qpass.ir.constants import Constants
 from qpass.islands.qdq import DEQUANTIZE, QUANTIZE
@@ -50,7 +50,7 @@ def reads(gm: fx.GraphModule, constants: Constants) -> Iterator[Read]:
     Views, casts and whatever else moves or repeats the values of one tensor is looked through, sizes that are known
     only at run time included. q/dq operators read no weight. A buffer that the graph writes to is none; a parameter is.
     """
-    changing = written(gm.graph)
+    changing = written_nodes(gm.graph)
     for constant in gm.graph.find_nodes(op="get_attr"):
         value = get_constant(gm, str(constant.target))
         if not _is_weight(value, constant in changing):
@@ -91,7 +91,7 @@ class FloatWeights:
 
     def count(self, gm: fx.GraphModule) -> None:
         """Take the constants of a region into the total."""
-        changing = written(gm.graph)
+        changing = written_nodes(gm.graph)
         for constant in gm.graph.find_nodes(op="get_attr"):
             value = get_constant(gm, str(constant.target))
             if _is_weight(value, constant in changing) and _place(value) not in self._left:

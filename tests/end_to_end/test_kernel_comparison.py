@@ -1,8 +1,8 @@
 """What "exact" means, measured on whole models: prepared is the float model bit for bit, lowered is the q/dq reference.
 
 Lowered and reference are compared kernel by kernel on equal inputs (see `kernel_comparison`). At their ends they are
-compared by SQNR alone: a code that falls differently at a rounding tie is one step away, later layers amplify it, and so two
-correct programs may return different numbers; neither of them may be further from the float model than the other.
+compared by SQNR alone. A code that falls differently at a rounding tie is one step away, and later layers amplify it.
+So two correct programs may return different numbers. Neither may be further from the float model than the other.
 """
 
 from __future__ import annotations

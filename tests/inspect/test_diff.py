@@ -208,7 +208,7 @@ def test_bytes_given_to_collectives() -> None:
 
 
 def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="a graph is wanted, and this is Linear"):
+    with pytest.raises(InputError, match="a graph is needed, and this is Linear"):
         qpass.diff(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(InputError, match="there is no file"):
         qpass.diff(tmp_path / "a.pt2", tmp_path / "b.pt2")

@@ -12,7 +12,7 @@ from pipeline_run import Do
 from qpass.capture.export import capture
 from qpass.ir.attributes import free_name, get_constant, owner_of, set_constant
 from qpass.ir.editor import INHERITED, Editor, erase_dead
-from qpass.ir.fake import fake_call, fake_mode_of, refresh_val
+from qpass.ir.fake import fake_call, fake_mode_of, recompute_val
 from qpass.ir.module import Draft, copy_graph_module, rebuild
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ def test_a_val_is_computed_again_when_an_input_changed() -> None:
     low = edit.call(aten.to.dtype, relu.args[0], torch.bfloat16, like=relu, before=relu)
     relu.args = (low,)
     assert relu.meta["val"].dtype == torch.float32
-    refresh_val(relu)
+    recompute_val(relu)
     assert relu.meta["val"].dtype == torch.bfloat16
 
 

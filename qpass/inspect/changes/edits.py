@@ -1,4 +1,4 @@
-"""Instances gathered into edits that read like laws: ``before -> after``, once for each kind of place."""
+"""Instances gathered into edits ``before -> after``, one for each kind of place."""
 
 from __future__ import annotations
 

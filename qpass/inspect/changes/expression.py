@@ -15,7 +15,7 @@ from qpass.inspect.values.nodes import INPUT, Keyword, NodeView, Snapshot
 
 LETTERS = "xyzabcdefgh"
 LONGEST = 16
-"""Operations written out in one expression; what lies behind them reads ``..``."""
+"""Operations written out in one expression; the rest of it is ``..``."""
 _COUNTED = re.compile(r"_\d+$")
 
 

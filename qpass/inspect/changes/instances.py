@@ -59,7 +59,7 @@ class _Groups:
             if other is not None and other != at:
                 joined |= {at, other}
                 self._join(at, other)
-        for at, change in enumerate(found):  # what merely reads another node now belongs to what it reads
+        for at, change in enumerate(found):  # a node that only reads another node than before belongs to what it reads
             if at not in joined and change.kind == "rewired" and change.after:
                 read = [self.new[source] for source in change.after.inputs if source in self.new]
                 if read:
@@ -112,7 +112,7 @@ def _center(members: Sequence[Change]) -> Change:
 
 
 def _next_paired(before: Snapshot, pairs: Mapping[int, int]) -> list[int]:
-    """For each node of ``before``, where in the other graph the next node stands that is still there."""
+    """For each node of ``before``, the place in the other graph of the next node that is still there."""
     ahead, found = len(pairs) + len(before), [0] * len(before)
     for view in reversed(before.nodes):
         ahead = pairs.get(view.index, ahead)

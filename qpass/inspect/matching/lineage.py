@@ -1,4 +1,4 @@
-"""Pairs that the passes recorded: graphs that descend from one another, or from one graph, say so node by node."""
+"""Pairs that the passes recorded, between graphs that descend from one another or from one graph."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _settle(
     claims: dict[int, int], old: Snapshot, new: Snapshot, paired: dict[int, int], explained: set[int],
     add: Callable[[int, int], None],
 ) -> None:  # fmt: skip
-    """Of all that was made from one node, the one that took its place is its pair; the rest is new."""
+    """Of all nodes made from one node, the one that took its place is its pair; the others are new."""
     made: dict[int, list[NodeView]] = defaultdict(list)
     for index, source in claims.items():
         made[source].append(new.nodes[index])

@@ -1,1 +1,1 @@
-"""The faces of a diff, a report, a recording and noise figures: text, HTML, pictures, other programs."""
+"""Text, HTML, pictures and files of a diff, a report, a recording and noise figures."""

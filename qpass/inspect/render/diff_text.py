@@ -65,7 +65,7 @@ def title(diff: DiffData) -> str:
 
 
 def figures(diff: DiffData) -> Iterator[tuple[str, str]]:
-    """What is said once about the whole: (name, figure)."""
+    """The figures of the whole diff: (name, figure)."""
     before, after = diff.before, diff.after
     counts = [("+", "added"), ("-", "removed"), ("~", "rewired"), ("~", "retargeted")]
     parts = [f"{sign}{count} {kind}" for sign, kind in counts if (count := len(getattr(diff, kind)))]

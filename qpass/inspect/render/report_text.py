@@ -149,7 +149,7 @@ def explained(report: ReportData, reasons: dict[tuple[str, str], int]) -> list[s
 
 
 def remarks(report: ReportData) -> list[str]:
-    """What is said once about the whole."""
+    """The lines about the whole report."""
     dtypes: Counter[str] = Counter()
     for row in report.rows:
         if row.outcome == "float":

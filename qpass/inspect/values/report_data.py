@@ -59,7 +59,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything that is known about one graph, or about the several that a model fell into.
+    """Everything that is known about one graph, or about the graphs of one model.
 
     ``bytes_before`` are those of the float model's parameters and
     buffers, ``bytes_after`` those of the constants that the graphs read now: a prepacked weight counts a byte a value,

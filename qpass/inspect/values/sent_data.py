@@ -10,7 +10,7 @@ from qpass.comm.training.ledger import Entry
 
 @dataclass(frozen=True)
 class SentData:
-    """What one rank has sent, and why what is plain is plain.
+    """What one rank has sent, and why some of it was sent plain.
 
     Attributes:
         title: whose report it is.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpass.ir.alias import written
+from qpass.ir.alias import written_nodes
 from qpass.ir.constants import Constants
 from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.observer import is_observer
@@ -79,7 +79,7 @@ class AssignComputeDtype(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         constants = Constants(gm)
-        changing = written(gm.graph)
+        changing = written_nodes(gm.graph)
         exact = changing | read_exactly(gm.graph, FOLLOWS, MULTIPLIES)
         whole = whole_numbers(gm, self.dtype, MULTIPLIES)
         low: set[fx.Node] = set()

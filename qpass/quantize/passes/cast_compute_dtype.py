@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpass.ir.alias import written
+from qpass.ir.alias import written_nodes
 from qpass.ir.editor import Editor
-from qpass.ir.fake import refresh_val
+from qpass.ir.fake import recompute_val
 from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.strides import stand_for
 from qpass.islands.qdq import CHOOSE, as_quantize
@@ -37,7 +37,7 @@ class CastComputeDtype(Pass):
         casts: Casts = {}
         changed: set[fx.Node] = set()
         originals = {node: _dtype(node) for node in gm.graph.nodes}
-        changing = written(gm.graph)
+        changing = written_nodes(gm.graph)
 
         def cast_for(reader: fx.Node, source: fx.Node, dtype: torch.dtype | None) -> fx.Node:
             return self._cast(source, dtype, reader, source in changing, casts, edit)
@@ -60,7 +60,7 @@ class CastComputeDtype(Pass):
                     changed.add(cast)
             if node.target not in CHOOSE and not changed.isdisjoint(node.all_input_nodes):
                 changed.add(node)
-                refresh_val(node)
+                recompute_val(node)
         self._quantize_from_casts(casts)
         return PassResult(len(casts))
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from qpass.ir.alias import written
+from qpass.ir.alias import written_nodes
 from qpass.ir.editor import Editor
-from qpass.ir.fake import refresh_val
+from qpass.ir.fake import recompute_val
 from qpass.ir.graph_pass import Pass, PassResult
 from qpass.islands.qdq import cast_of
 from qpass.islands.views import MOVES
@@ -33,7 +33,7 @@ class HoistCasts(Pass):
         count = 0
         for node, dtype in reversed(wanted.items()):  # sources before what reads them
             if node in moved:
-                refresh_val(node)  # its input is the cast by now
+                recompute_val(node)  # its input is the cast by now
                 rounded = node
             elif any(user in wanted for user in node.users):
                 readers = list(node.users)
@@ -52,7 +52,7 @@ class HoistCasts(Pass):
 def _wanted(graph: fx.Graph) -> Wanted:
     """The operations whose result is read in one smaller dtype alone, with it, readers before what they read."""
     wanted: Wanted = {}
-    changing = written(graph)
+    changing = written_nodes(graph)
     for node in reversed(graph.nodes):
         val = node.meta.get("val")
         if node.op != "call_function" or not isinstance(val, torch.Tensor) or not val.dtype.is_floating_point:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from qpass.ir.alias import written
+from qpass.ir.alias import written_nodes
 from qpass.ir.attributes import free_name
 from qpass.ir.constants import Constants
 from qpass.ir.editor import Editor
@@ -36,7 +36,7 @@ class InsertObservers(Pass):
     """
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        changing = written(gm.graph)
+        changing = written_nodes(gm.graph)
         shared = self._raise_edges(gm, changing)
         edit, constants = Editor(gm, self.name), Constants(gm)
         modules: dict[tuple[fx.Node, QuantizationSpec], str] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qpass import torch_private
-from qpass.ir.alias import aliased_inputs, written, written_inputs
+from qpass.ir.alias import aliased_inputs, written_inputs, written_nodes
 from qpass.ir.editor import Editor
 from qpass.ir.fake import fake_result
 from qpass.ir.graph_pass import Pass, PassResult
@@ -54,7 +54,7 @@ class _Restoring:
         self.real: dict[fx.Node, Any] = {}
         self.restored: dict[fx.Node, fx.Node] = {}
         by_the_model = any(written_inputs(n) and n.target.namespace != "onednn" for n in gm.graph.nodes)
-        self.written = written(gm.graph) if by_the_model else frozenset()
+        self.written = written_nodes(gm.graph) if by_the_model else frozenset()
         for node in list(gm.graph.nodes):
             self._visit(node)
         for node, real in self.real.items():  # nothing sees these strides, so the node says what it has

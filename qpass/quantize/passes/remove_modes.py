@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qpass.ir.alias import written
+from qpass.ir.alias import written_nodes
 from qpass.ir.attributes import holder, replace_submodule
 from qpass.ir.branch import Branch
 from qpass.ir.editor import Editor
@@ -84,7 +84,7 @@ class RemoveModes(Pass):
 
 def drop_detach(gm: fx.GraphModule) -> int:
     """``detach(x) -> x`` where nothing writes to x; the number dropped."""
-    kept = written(gm.graph)
+    kept = written_nodes(gm.graph)
     dropped = [node for node in stopped(gm.graph) if node not in kept]
     for node in dropped:
         node.replace_all_uses_with(node.all_input_nodes[0])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from qpass.ir.alias import written
+from qpass.ir.alias import written_nodes
 from qpass.ir.gradient import stopped
 from qpass.ir.graph_pass import Pass, PassResult
 from qpass.ir.training_modules import BY_MODE, DROPOUT, TrainingChange
@@ -44,7 +44,7 @@ class SetDropoutAside(Pass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         aside: list[Aside] = []
-        kept = written(gm.graph)
+        kept = written_nodes(gm.graph)
         stops = {node for node in stopped(gm.graph) if node not in kept}
         for node in reversed(gm.graph.nodes):
             mode = node.meta.get(BY_MODE)
