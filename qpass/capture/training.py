@@ -259,7 +259,7 @@ def is_alone(module: nn.Module | None) -> bool:
 
 
 def set_aside_flags(gm: fx.GraphModule) -> dict[fx.Node, Any]:
-    """Give every operator of `FLAGS` the flag of evaluation; returns the old flags. Dropout in place becomes functional."""
+    """Give every operator of `FLAGS` the flag of evaluation; returns the old flags. In-place dropout becomes plain."""
     had: dict[fx.Node, Any] = {}
     for region in regions(gm):
         for node in region.graph.nodes:
