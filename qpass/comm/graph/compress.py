@@ -21,6 +21,7 @@ from qpass.comm.graph.passes.lower_collectives import LowerCollectives
 from qpass.comm.graph.passes.resolve_sizes import ResolveSizes
 from qpass.comm.graph.passes.split_transfers import SplitTransfers
 from qpass.comm.graph.pieces import SEND
+from qpass.comm.graph.waits import wait_for_each
 from qpass.comm.policy.collective_override import OverrideMatches
 from qpass.comm.policy.policy import Policy, policy
 from qpass.comm.wire.codec import Codec
@@ -53,6 +54,7 @@ def compress(
     wanted = policy(comm)
     if seen is None:
         refuse_unmatched(seen_in(gm, wanted, backward).looked_for(wanted.overrides))
+    wait_for_each(gm)
     compression_pipeline(wanted, backward, gradients, inductor).run(gm)
     missed = [(node, record) for node, record in _decided(gm) if record.is_missed]
     if strict and missed:
