@@ -68,12 +68,12 @@ class Compilation:
 
         def noted(*arguments: Any) -> Any:
             weights = chosen(arguments)
-            ids = tuple(map(id, weights))
-            if ids not in self.weights:
+            key = _key(weights)
+            if key not in self.weights:
                 for known, refs in list(self.weights.items()):
                     if all(ref() is None for ref in refs):
                         self.weights.pop(known, None)
-                self.weights[ids] = _memory(weights)
+                self.weights[key] = _memory(weights)
             return call(*arguments)
 
         return noted
@@ -89,9 +89,18 @@ def remember(
     code = next(iter(torch_private.get_traced_code() or ()), None)
     _COMPILED[:] = [kept for kept in _COMPILED if kept.is_alive]
     read = tuple(weights)
-    known = {tuple(map(id, read)): _memory(read)}
+    known = {_key(read): _memory(read)}
     _COMPILED.append(Compilation(graph, collectives, known, weakref.ref(code) if code is not None else None))
     return _COMPILED[-1]
+
+
+def _key(weights: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
+    """Which tensors they are, and where their values lie: ``weight.data = other`` makes another key."""
+    ids = tuple(map(id, weights))
+    try:
+        return ids + tuple(map(torch.Tensor.data_ptr, weights))
+    except RuntimeError:  # fake tensors and packed ones have no address
+        return ids
 
 
 def _memory(tensors: Iterable[torch.Tensor]) -> Weights:

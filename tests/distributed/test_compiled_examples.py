@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from torchrun import torchrun
 
@@ -37,7 +38,10 @@ def test_simple_fsdp() -> None:
     assert int8[0] == plain[0]
     assert plain[1] < plain[0] - 0.5
     assert abs(int8[2]) < 2
-    assert "collectives 6 of 36 compressed" in printed  # three weights of 18 parameters, gathered and scattered
+    # Three weights of 18 parameters, gathered and scattered. torch 2.15 gathers the packed weight and bias of attention
+    # twice, one of them in a form that is sent plain.
+    expected = "6 of 36" if torch.__version__ < (2, 15) else "6 of 38"
+    assert f"collectives {expected} compressed" in printed
 
 
 @pytest.mark.slow  # 600 steps

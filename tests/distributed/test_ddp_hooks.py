@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import qpass.comm
 from distributed.ddp_training import everything
@@ -37,11 +38,15 @@ def test_graphs_of_four_ranks(ranks: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("check", DEFECTS)
 def test_defects_of_torch(found: Verdicts, check: str) -> None:
-    """On gloo torch's hooks raise on every input; repaired, they still show each defect but the crash itself."""
+    """On gloo torch's hooks raise on every input; repaired, they still show each defect but the crash itself.
+
+    torch 2.15 has repaired that one.
+    """
     for name in ("torch", "torch, repaired for gloo", "qpass"):
         print(f"{name:26s} {[rank[name, check] for rank in found]}")
     assert all(rank["qpass", check] == "" for rank in found)
-    assert any(rank["torch", check] != "" for rank in found)
+    if check not in FINE_ONCE_REPAIRED or torch.__version__ < (2, 15):
+        assert any(rank["torch", check] != "" for rank in found)
     repaired = [rank["torch, repaired for gloo", check] for rank in found]
     assert any(repaired) == (check not in FINE_ONCE_REPAIRED)
 
